@@ -8,7 +8,8 @@ __all__ = ['KINDS', 'Changes', 'run_changed', 'random_slices', 'edge_vectors', '
 
 # %% ../nbs/09_tracing_interventions.ipynb #09-002
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -99,27 +100,56 @@ def _hooks(model, changes: Changes) -> list:
     return hooks
 
 
+@contextmanager
+def _from_layer(model, start: int):
+    "Blocks before `start` do nothing while this lasts: TransformerLens would run them and discard what they return."
+    idle = list(model.blocks[:start])
+    for block in idle: object.__setattr__(block, "forward", lambda hidden_states, *_, **__: hidden_states)
+    try: yield
+    finally:
+        for block in idle: object.__delattr__(block, "forward")
+
+
+_HIDDEN = 1 << 22                                   # numbers of an MLP's hidden layer in one pass: more leave the processor's cache
+
+
+def _batches(model, changes: Changes, lengths: Int[Tensor, "run"], watch: Tensor | None, batch_size: int) -> Iterable[tuple[int, Tensor]]:
+    "(layer to start from, runs): runs with the same first changed or watched layer together, the shorter prompts first."
+    spec = ArchSpec.from_model(model)
+    size = max(1, min(batch_size, _HIDDEN // (int(lengths.max()) * spec.d_mlp)))
+    start = torch.full((len(lengths),), spec.n_layers - 1).scatter_reduce(0, changes.run.cpu(), changes.layer.cpu(), "amin")
+    if watch is not None: start = torch.minimum(start, watch[:, 0])
+    for layer in start.unique().tolist():
+        runs = (start == layer).nonzero().squeeze(1)
+        for some in runs[lengths[runs].argsort(stable=True)].split(size): yield layer, some
+
+
 @torch.inference_mode()
 def run_changed(model: Any, batch: Any, prompt: Int[Tensor, "run"], changes: Changes, *, watch: Int[Tensor, "run 4"] | None = None,
-                metric: Any = "logit_diff", batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+                metric: Any = "logit_diff", batch_size: int = 256,
+                streams: Float[Tensor, "layer batch pos d_model"] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Metric of every run, and the attention score (over sqrt(d_head)) at its watched layer, head, q_pos, k_pos (NaN without `watch`).
 
-    Run r is prompt `prompt[r]` with the changes whose `run` is r."""
-    order = changes.run.argsort(stable=True)
-    ordered = changes.select(order)
-    metrics, scores = [], []
-    for start in progress(range(0, len(prompt), check_int("batch_size", batch_size, 1)), desc="interventions"):
-        stop = min(start + batch_size, len(prompt))
-        low, high = torch.searchsorted(ordered.run, torch.tensor([start, stop], device=ordered.run.device)).tolist()
-        part = ordered.select(slice(low, high))
-        part = Changes(part.run - start, part.layer, part.head, part.pos, part.vector)
-        sub, hooks, seen = batch.subset(prompt[start:stop]), _hooks(model, part), torch.full((stop - start,), torch.nan)
-        some = watch[start:stop] if watch is not None else torch.zeros(0, 4, dtype=torch.long)
+    Run r is prompt `prompt[r]` with the changes whose `run` is r. With `streams`, the unchanged residual stream before each layer, a run
+    starts at the first layer that is changed or watched; the numbers are the same."""
+    lengths, device = batch.lengths.cpu()[prompt], changes.run.device
+    metrics, scores = np.full(len(prompt), np.nan), np.full(len(prompt), np.nan, dtype=np.float32)
+    for start, runs in progress(list(_batches(model, changes, lengths, watch, check_int("batch_size", batch_size, 1))), desc="interventions"):
+        place = torch.full((len(prompt),), -1, device=device)
+        place[runs] = torch.arange(len(runs), device=device)
+        part = changes.select(place[changes.run] >= 0)
+        part = replace(part, run=place[part.run])
+        width = int(max(lengths[runs].max(), part.pos.max() + 1 if len(part.pos) else 0))           # padding behind all prompts is left out
+        sub, hooks, seen = batch.subset(prompt[runs]), _hooks(model, part), torch.full((len(runs),), torch.nan)
+        sub = replace(sub, tokens=sub.tokens[:, :width], attention_mask=sub.attention_mask[:, :width])
+        some = watch[runs] if watch is not None else torch.zeros(0, 4, dtype=torch.long)
         hooks += [(f"blocks.{layer}.attn.hook_attn_scores", _watcher(layer, some, seen)) for layer in some[:, 0].unique().tolist()]
-        logits = model.run_with_hooks(sub.tokens.to(model.cfg.device), fwd_hooks=hooks)
-        metrics.append(metric_values(logits, sub, metric))
-        scores.append(seen.numpy())
-    return np.concatenate(metrics), np.concatenate(scores)
+        if streams is None or start == 0: logits = model.run_with_hooks(sub.tokens.to(model.cfg.device), fwd_hooks=hooks)
+        else:
+            with _from_layer(model, start): logits = model.run_with_hooks(streams[start, prompt[runs], :width], start_at_layer=start, fwd_hooks=hooks)
+        at = runs.numpy()                                       # a tensor of one element would be taken for a number
+        metrics[at], scores[at] = metric_values(logits, sub, metric), seen.numpy()
+    return metrics, scores
 
 
 def _watcher(layer: int, watch: Tensor, seen: Tensor):
@@ -199,7 +229,8 @@ class _Part:
     edges: pd.DataFrame                            # prompt counts from 0 in this batch
     batch: Any
     acts: Activations
-    residual: Float[Tensor, "layer batch pos d_model"]          # after attention
+    streams: Float[Tensor, "layer batch pos d_model"]           # before attention
+    residual: Float[Tensor, "layer batch pos d_model"]          # after it
     metric: np.ndarray
 
 
@@ -212,8 +243,9 @@ def _parts(model, batch, edges: pd.DataFrame, metric, batch_size: int) -> Iterab
         if rows.empty: continue
         part = batch.subset(slice(start, start + batch_size))
         logits, cache = model.run_with_cache(part.tokens.to(model.cfg.device), names_filter=lambda n: n in names)
-        residual = torch.stack([cache[f"blocks.{layer}.hook_resid_pre"] + cache[f"blocks.{layer}.hook_attn_out"] for layer in layers]).float()
-        yield _Part(rows.assign(prompt=rows["prompt"] - start), part, capture(model, part, logits=False), residual, metric_values(logits, part, metric))
+        streams, written = (torch.stack([cache[f"blocks.{layer}.{name}"] for layer in layers]) for name in ("hook_resid_pre", "hook_attn_out"))
+        acts = capture(model, part, logits=False)
+        yield _Part(rows.assign(prompt=rows["prompt"] - start), part, acts, streams, (streams + written).float(), metric_values(logits, part, metric))
 
 
 def _change(model, part: _Part, rows: pd.DataFrame, h: Tensor, scope: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +292,7 @@ def edge_interventions(model: Any, batch: Any, edges: pd.DataFrame, *, kinds: An
                 action=action, scope=scope, slices=slices, n_slices=n_slices.cpu().numpy(), metric_before=part.metric[prompt], score_before=before,
                 cosine=cosine.cpu().numpy(), norm_ratio=ratio.cpu().numpy()))
         after, score = run_changed(model, part.batch, prompt.repeat(len(kinds)), Changes(*(torch.cat(p) for p in zip(*pieces))),
-                                   watch=watch.repeat(len(kinds), 1), metric=metric, batch_size=batch_size)
+                                   watch=watch.repeat(len(kinds), 1), metric=metric, batch_size=batch_size, streams=part.streams)
         tables.append(pd.concat(frames, ignore_index=True).assign(metric_after=after, score_after=score))
         tables[-1]["prompt"] = edges.loc[rows.index, "prompt"].to_numpy().repeat(len(kinds)).reshape(-1, len(kinds)).T.ravel()
     if not tables: return pd.DataFrame(columns=[*_KEYS, "action", "scope", "slices", "effect", "score_effect"])
@@ -318,7 +350,7 @@ def set_interventions(model: Any, batch: Any, edges: pd.DataFrame, sets: Mapping
             for action, scope, slices in kinds:
                 prompt, changes = _set_changes(model, part, members, vectors[slices][0], scope, 1.0 if action == "boost" else -1.0)
                 if not len(prompt): continue
-                after, _ = run_changed(model, part.batch, prompt, changes, metric=metric, batch_size=batch_size)
+                after, _ = run_changed(model, part.batch, prompt, changes, metric=metric, batch_size=batch_size, streams=part.streams)
                 lanes = [" > ".join(k) for k in keys] + [""]
                 columns = dict(set=name, member=np.repeat(lanes, len(prompt) // len(lanes)), prompt=prompt.numpy() + first)
                 tables.append(pd.DataFrame(columns).assign(action=action, scope=scope, slices=slices, effect=after - part.metric[prompt]))

@@ -74,17 +74,22 @@ def read_outputs(model, tokens: Int[Tensor, "batch pos"],
     return torch.stack([kept[layer] for layer in range(n_layers)], dim=1)
 
 # %% ../nbs/05_participation.ipynb #05-008
+_ROWS = 500                                                     # examples multiplied at once in their own precision
+
+
 class HeadGrams:
-    "Gram matrices of all heads' outputs, added up over batches in float64."
+    "Gram matrices of all heads' outputs: products in the outputs' precision (at least float32), added up in float64."
 
     def __init__(self): self.n, self.gram = 0, None
 
     def add(self, x: Float[Tensor, "batch layer head d_head"]) -> "HeadGrams":
         "Add a batch of outputs."
-        for layer in range(x.shape[1]): check_finite("activations", x[:, layer], f"layer {layer}")
-        x = x.double()
-        gram = torch.einsum("nlhd,nlhe->lhde", x, x)
-        self.gram, self.n = gram if self.gram is None else self.gram + gram, self.n + len(x)
+        x = x if x.dtype == torch.float64 else x.float()
+        for part in x.split(_ROWS):
+            gram = torch.einsum("nlhd,nlhe->lhde", part, part).double()
+            if not gram.isfinite().all():                       # cheaper than looking at every number first
+                for layer in range(x.shape[1]): check_finite("activations", part[:, layer].double().square(), f"layer {layer}")
+            self.gram, self.n = gram if self.gram is None else self.gram + gram, self.n + len(part)
         return self
 
     def participation(self, kind: str = "entropy") -> Float[Tensor, "layer head"]:

@@ -79,7 +79,7 @@ def reading_vectors(model: Any, acts: Activations, pairs: Pairs, rule: str = "pa
 @dataclass(frozen=True)
 class Upstream:
     "Outputs of components, ordered by layer."
-    outputs: Float[Tensor, "token component d_model"]       # token = prompt * width + position
+    outputs: Float[Tensor, "component token d_model"]       # token = prompt * width + position
     labels: list[str]
     layer: np.ndarray                                       # -1 for embeddings
     head: np.ndarray                                        # -1 for what is no head
@@ -96,14 +96,15 @@ def upstream_labels(spec: ArchSpec, top: int) -> Upstream:
     return Upstream(torch.empty(0), [head_name(*p) for p in pairs], layers, heads)
 
 
-def head_outputs(model: Any, acts: Activations, top: int) -> Upstream:
-    "Every head's output z W_O in the layers before `top`."
+def head_outputs(model: Any, acts: Activations, top: int, room: Tensor | None = None) -> Upstream:
+    "Every head's output z W_O in the layers before `top`; `room` is memory to put them in, at least as many numbers."
     spec = ArchSpec.from_model(model)
     n_tokens = acts.x.shape[1] * acts.x.shape[2]
-    outputs = acts.x.new_empty(n_tokens, top * spec.n_heads, spec.d_model)
-    for layer in range(top):
+    shape = (top * spec.n_heads, n_tokens, spec.d_model)
+    outputs = acts.x.new_empty(shape) if room is None else room[:shape[0] * shape[1] * shape[2]].view(shape)
+    for layer, out in enumerate(outputs.split(spec.n_heads)):
         z = acts.z[acts.index(layer)].reshape(n_tokens, spec.n_heads, spec.d_head)
-        outputs[:, layer * spec.n_heads:(layer + 1) * spec.n_heads] = torch.bmm(z.transpose(0, 1), head_weights(model, layer).W_O).transpose(0, 1)
+        torch.bmm(z.transpose(0, 1), head_weights(model, layer).W_O, out=out)
     return replace(upstream_labels(spec, top), outputs=outputs)
 
 
@@ -118,27 +119,26 @@ def all_outputs(model: Any, part: Any, top: int) -> Upstream:
     "Outputs of embeddings, heads, attention biases and MLPs in the layers before `top`; they sum to the residual stream."
     found = component_outputs(model, part, top)
     layers, heads = np.array([_parse_label(label) for label in found.labels], dtype=np.int32).T
-    return Upstream(found.values.flatten(1, 2).transpose(0, 1).contiguous(), found.labels, layers, heads)
+    return Upstream(found.values.flatten(1, 2), found.labels, layers, heads)
 
 # %% ../nbs/09_tracing.ipynb #09-013
 _GATHER = 1 << 14                                   # numbers a token's outputs may have to be gathered for every row
 
 
-def contributions(outputs: Float[Tensor, "token component d_model"], token: Int[Tensor, "row"],
+def contributions(outputs: Float[Tensor, "component token d_model"], token: Int[Tensor, "row"],
                   vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row component"]:
     "Dot products of each row's vector with all outputs of its token."
-    n, width = outputs.shape[1], outputs.shape[1] * outputs.shape[2]
+    n, width = len(outputs), len(outputs) * outputs.shape[2]
     result = vectors.new_empty(len(token), n)
     if width <= _GATHER:
         for at in torch.arange(len(token), device=token.device).split(max(1, (1 << 24) // max(width, 1))):
-            result[at] = torch.bmm(outputs[token[at]], vectors[at].unsqueeze(-1)).squeeze(-1)
+            result[at] = torch.bmm(outputs[:, token[at]].transpose(0, 1), vectors[at].unsqueeze(-1)).squeeze(-1)
         return result
     order = token.argsort(stable=True)
     tokens, counts = token[order].unique_consecutive(return_counts=True)
-    ordered, start = vectors[order], 0
-    for t, count in zip(tokens.tolist(), counts.tolist()):
-        result[order[start:start + count]] = ordered[start:start + count] @ outputs[t].T
-        start += count
+    by_token, counts, ordered = outputs.unbind(1), counts.tolist(), torch.empty_like(result)
+    for t, mine, out in zip(tokens.tolist(), vectors[order].split(counts), ordered.split(counts)): torch.mm(mine, by_token[t].T, out=out)
+    result[order] = ordered
     return result
 
 
@@ -173,7 +173,7 @@ def _layer_edges(model, acts: Activations, pairs: Pairs, upstream: Upstream, opt
     if not n: return {}, read.n_slices
     positions = torch.stack([pairs.q_pos, pairs.k_pos])
     token = (pairs.prompt * width + positions).flatten()
-    c = contributions(upstream.outputs[:, :n], token, read.vectors.flatten(0, 1))
+    c = contributions(upstream.outputs[:n], token, read.vectors.flatten(0, 1))
     if options.homogeneous: c = c + read.bias.flatten()[:, None]
     floor = _FLOOR * read.signal.flatten().abs()
     c = torch.where(c.abs() > floor[:, None], c, 0.0)
@@ -193,11 +193,11 @@ def _root_firings(acts: Activations, pairs: Pairs, part: Any, roots, options: Tr
     return keep
 
 
-def _trace_part(model, part, roots, options: TraceOptions) -> tuple[list[dict], list[dict]]:
+def _trace_part(model, part, roots, options: TraceOptions, room: Tensor) -> tuple[list[dict], list[dict]]:
     "Edges and firings of one batch of prompts, a dictionary of columns a layer, from the top layer down."
     spec, top = ArchSpec.from_model(model), max(layer for layer, _ in roots)
     acts = capture(model, part, layers=list(range(top + 1)), logits=False)
-    upstream = head_outputs(model, acts, top) if options.components == "heads" else all_outputs(model, part, top)
+    upstream = head_outputs(model, acts, top, room) if options.components == "heads" else all_outputs(model, part, top)
     pairs = firings(acts, part, options.threshold)
     chosen = _root_firings(acts, pairs, part, roots, options)
     wanted = torch.zeros(top + 1, len(part), spec.n_heads, acts.x.shape[2], dtype=torch.bool, device=pairs.head.device)
@@ -267,10 +267,12 @@ def trace_tables(model: Any, batch: Any, roots: Any = None, options: TraceOption
     if not roots: raise ValueError("roots: needs at least one head, got none")
     top = max(layer for layer, _ in roots)
     per_prompt = 4 * batch.tokens.shape[1] * max(1, top * (spec.n_heads + 2)) * spec.d_model
-    size, start, tables = max(1, min(options.batch_size, (1 << 28) // per_prompt)), 0, ([], [])
+    size, start, tables = max(1, min(options.batch_size, len(batch), (1 << 28) // per_prompt)), 0, ([], [])
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    room = torch.empty(size * per_prompt // 4 if options.components == "heads" else 0, dtype=dtype, device=model.cfg.device)  # made once: new memory is slow
     for part in progress(list(batch.batches(size)), desc="trace"):
         with torch.inference_mode():
-            for table, columns in zip(tables, _trace_part(model, part, roots, options)):
+            for table, columns in zip(tables, _trace_part(model, part, roots, options, room)):
                 if columns: table.append(_table(columns, start))
         start += len(part)
     firing = pd.concat(tables[1], ignore_index=True) if tables[1] else pd.DataFrame({c: [] for c in ("prompt", "layer", "head", "q_pos", "k_pos", "root")})

@@ -119,6 +119,22 @@ def test_batch_size_changes_nothing():
     np.testing.assert_allclose(one, two, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo", "llama", "qwen3", "olmoe"])
+def test_starting_late_is_the_whole_pass(architecture):
+    model = peaked(architecture)
+    batch, n_layers = toy_batch(random_tokens(3, 7)), ArchSpec.from_model(model).n_layers
+    _, cache = model.run_with_cache(batch.tokens)
+    streams = torch.stack([cache[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)])
+    run, layer, head = (torch.tensor(v) for v in ([0, 1, 1, 2, 3], [0, 1, n_layers - 1, n_layers - 1, 1], [-1, -1, 2, 1, 0]))
+    changes = Changes(run, layer, head, torch.tensor([3, 4, 2, 6, 5]), torch.randn(5, 32))
+    prompt, watch = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([[n_layers - 1, 0, 5, 2]] * 5)          # run 4 changes nothing
+    whole, late = (run_changed(model, batch, prompt, changes, watch=watch, streams=s) for s in (None, streams))
+    for a, b in zip(whole, late, strict=True): np.testing.assert_allclose(a, b, atol=1e-5)
+    assert whole[0].std() > 0
+    torch.testing.assert_close(model(batch.tokens), model.run_with_hooks(batch.tokens))                # nothing is left behind
+    assert not any("forward" in block.__dict__ for block in model.blocks)
+
+
 def test_no_change_changes_nothing():
     model = peaked("llama")
     batch = toy_batch(random_tokens(3, 7))

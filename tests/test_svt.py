@@ -182,7 +182,7 @@ def test_the_distractor_writes_most(name):
     top = p.roots[0][0]
     found = all_outputs(p.model, p.batch, top)
     heads = found.head >= 0
-    size = found.outputs.norm(dim=-1).mean(0)[torch.tensor(heads)]
+    size = found.outputs.norm(dim=-1).mean(1)[torch.tensor(heads)]
     largest = int(size.argmax())
     assert (int(found.layer[heads][largest]), int(found.head[heads][largest])) in p.distractors
 
@@ -232,8 +232,9 @@ def test_batching_and_padding_change_nothing():
 
 
 def test_gathering_or_not_is_the_same(monkeypatch):
-    o, w, t = torch.randn(11, 7, 5), torch.randn(40, 5), torch.randint(0, 11, (40,))
+    o, w, t = torch.randn(7, 11, 5), torch.randn(40, 5), torch.randint(0, 11, (40,))
     gathered = contributions(o, t, w)
+    torch.testing.assert_close(gathered, torch.stack([o[:, i] @ v for i, v in zip(t.tolist(), w, strict=True)]))
     monkeypatch.setattr("spectral_nb.tracing._GATHER", 0)
     torch.testing.assert_close(contributions(o, t, w), gathered)
 
