@@ -243,6 +243,11 @@ def _offset_groups(model, layer: int, pairs: Pairs) -> tuple[Tensor, ...]:
     return Uc.flatten(0, 1), S.flatten(0, 1), Vc.flatten(0, 1), which * S.shape[1] + pairs.head
 
 
+def _n_slices(spec: ArchSpec) -> int:
+    "d_head; d_model + 1 where heads are wider than that."
+    return min(spec.d_head, spec.d_model + 1)
+
+
 def slice_coordinates(
     model,
     acts: Activations,
@@ -256,7 +261,7 @@ def slice_coordinates(
     if len(pairs) and int(pairs.head.max()) >= spec.n_heads:
         raise ValueError(f"pairs.head has the value {int(pairs.head.max())}; the model has {spec.n_heads} heads a layer")
     width = acts.x.shape[2]
-    a, sigma, b = (acts.x.new_empty(len(pairs), spec.d_head) for _ in range(3))
+    a, sigma, b = (acts.x.new_empty(len(pairs), _n_slices(spec)) for _ in range(3))
     for layer, i, at in _by_layer(acts, pairs):
         p, x = pairs[at], acts.x[i]
         rows = (p.prompt * width + p.q_pos, keys.prompt[at] * width + keys.k_pos[at])
@@ -314,7 +319,7 @@ def slice_vectors(
     a, sigma, _ = slice_coordinates(model, acts, pairs)
     spec = ArchSpec.from_model(model)
     sign = torch.where(a < 0, -1.0, 1.0).to(a).unsqueeze(1)
-    u, v = (a.new_empty(len(pairs), spec.d_model + 1, spec.d_head) for _ in range(2))
+    u, v = (a.new_empty(len(pairs), spec.d_model + 1, _n_slices(spec)) for _ in range(2))
     for layer, _, at in _by_layer(acts, pairs):
         head = pairs.head[at]
         if spec.positions == "rotary":

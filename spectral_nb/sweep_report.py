@@ -6,6 +6,7 @@ __all__ = ['NUMERIC_AXES', 'VALUES', 'SweepData', 'read_sweep', 'example_sweep',
 
 # %% ../nbs/20_sweep_report.ipynb #20-002
 "Draws a sweep from its tables alone: cost of the runs, claims by run, metrics against any parameter."
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -129,10 +130,14 @@ def _varies(rows: pd.DataFrame, column: str) -> bool:
 
 
 def panel_keys(sweep: SweepData) -> list[str]:
-    "Columns whose values make a panel of their own: text that is neither a parameter nor provenance nor the name of the model."
+    """Columns whose values make a panel of their own: text of few values that is neither a parameter nor provenance nor the name of the
+    model or of a head."""
     taken = {*sweep.parameters, *PROVENANCE, *VALUES, *NUMERIC_AXES, "model", "revision", "processing"}
     found = [c for c in sweep.results.columns if c not in taken and not c.endswith("_version")]
-    return ["metric", *(c for c in found if not pd.api.types.is_numeric_dtype(sweep.results[c]) and sweep.results[c].nunique() > 0)]
+    def names_kinds(column: pd.Series) -> bool:
+        values = set() if pd.api.types.is_numeric_dtype(column) else {str(v) for v in column.dropna()}
+        return 0 < len(values) <= 40 and not all(re.fullmatch(r"L\d+H\d+", v) for v in values)
+    return ["metric", *(c for c in found if names_kinds(sweep.results[c]))]
 
 
 def _about(entry: dict, rows: pd.DataFrame) -> bool:

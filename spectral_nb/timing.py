@@ -7,6 +7,7 @@ __all__ = ['MIDDLE', 'SIZES', 'seconds', 'ratio_row', 'compare', 'peak_memory_mb
            'scaling_rows', 'fit_exponent']
 
 # %% ../nbs/21_timing.ipynb #21-002
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +22,18 @@ from .models import from_hf
 from .prompts import PromptBatch
 
 # %% ../nbs/21_timing.ipynb #21-004
-def seconds(call: Callable[[], Any]) -> float:
+def seconds(call: Callable, *args: Any) -> float:
     "Wall seconds of one call."
     start = time.perf_counter()
-    call()
+    call(*args)
     return time.perf_counter() - start
 
 
 def ratio_row(benchmark: str, ours, peer, *, unit: str = "s", note: str = "") -> dict:
     "One row from the two sides' measurements, one number a repeat each."
     ours, peer = np.asarray(ours, float), np.asarray(peer, float)
-    if ours.shape != peer.shape or not len(ours): raise ValueError(f"ours and peer need as many measurements as each other, at least one: got {ours.shape} and {peer.shape}")
+    if ours.shape != peer.shape or not len(ours):
+        raise ValueError(f"ours and peer need equally many values, at least one: they have {ours.shape} and {peer.shape}")
     ratio = peer / ours
     return dict(benchmark=benchmark, ours=np.median(ours), peer=np.median(peer), unit=unit, ratio=np.median(ratio), ratio_low=ratio.min(),
                 ratio_high=ratio.max(), n_repeats=len(ratio), note=note)
@@ -49,8 +51,9 @@ def peak_memory_mb(call: Callable) -> float:
     "Peak resident memory of `call` above what is held before it, in MiB; NaN where the system does not tell (not Linux)."
     status = Path("/proc/self/status")
     try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)        # or freed memory would be used again and not counted
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
+    except (OSError, AttributeError):
         return float("nan")
     read = lambda key: int(status.read_text().split(f"{key}:")[1].split()[0]) / 1024  # noqa: E731
     before = read("VmRSS")
@@ -63,7 +66,8 @@ def random_gpt2(n_layers: int = 12, n_heads: int = 12, d_head: int = 64, *, n_ct
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(seed)
     width = n_heads * d_head
-    model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=n_layers, n_head=n_heads, vocab_size=d_vocab, n_positions=n_ctx, bos_token_id=0, eos_token_id=0)).eval()
+    config = GPT2Config(n_embd=width, n_layer=n_layers, n_head=n_heads, vocab_size=d_vocab, n_positions=n_ctx, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for block in model.transformer.h if sharpness else ():
             block.attn.c_attn.weight[:, :2 * width] *= sharpness * (768 / width)**0.5
@@ -97,7 +101,7 @@ def scaling_rows(section: str, call: Callable[[Any, PromptBatch], Any], *, n_lay
             model = random_gpt2(n_layers, at["heads"], at["width"] // at["heads"], n_ctx=at["context"])
             batch = random_prompts(at["prompts"], at["context"])
             call(model, batch)
-            times = [seconds(lambda: call(model, batch)) for _ in range(n_repeats)]
+            times = [seconds(call, model, batch) for _ in range(n_repeats)]
             rows.append(dict(section=section, what=what, size=value, seconds=np.median(times), low=min(times), high=max(times)))
     return pd.DataFrame(rows)
 

@@ -433,3 +433,15 @@ def test_qk_norm_scales_are_divided_out(made):
     q_scale, k_scale = qk_norm_scales(model, cache, 1)
     assert_close(acts.q_scale[1], q_scale)
     assert_close(acts.k_scale[1], k_scale)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_heads_wider_than_the_stream(architecture):
+    from spectral_nb.models import from_hf
+    model = from_hf(conftest.tiny_hf(architecture, head_dim=40))
+    acts = ci.capture(model, conftest.random_tokens(3, 9))
+    pairs = every_pair(acts)
+    terms, (u, v, sigma) = ci.slice_terms(model, acts, pairs), ci.slice_vectors(model, acts, pairs)
+    assert terms.shape == sigma.shape == (len(pairs), 33) and u.shape == v.shape == (len(pairs), 33, 33)
+    scores = ci.pair_scores(acts, pairs) * 40**0.5
+    assert_close(terms.sum(1), scores, rtol=1e-4, atol=1e-5 * float(terms.abs().sum(1).max()))
