@@ -52,19 +52,20 @@ def make_checkpoint(folder: str | Path, n_layers: int = 12, d_model: int = 4096,
 
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 torch.set_num_threads({threads})
 from spectral_nb.models import load_model
 from spectral_nb.streamed_norms import weight_norms
+from spectral_nb.timing import memory_mb
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
-idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+idle = memory_mb()
 start = time.perf_counter()
 table = weight_norms({load})
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps(dict(seconds=seconds, peak_gib=peak / 2**20, idle_gib=idle / 2**20, total=float(table.value.sum()))))
+peak = memory_mb()
+print(json.dumps(dict(seconds=seconds, peak_gib=peak / 1024, idle_gib=idle / 1024, total=float(table.value.sum()))))
 """
 SIDES = dict(ours="{folder!r}, processing='raw'", peer="load_model({folder!r}, processing='raw', device='cpu')")
 

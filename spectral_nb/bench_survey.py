@@ -32,22 +32,22 @@ def detect_all(model, batch) -> None:
 
 # %% ../nbs/22_bench_survey.ipynb #22-006
 _CHILD = """
-import resource, sys, time, torch
+import sys, time, torch
 torch.set_num_threads(1)
 from spectral_nb.bench_survey import survey_model, keep_rows
 from spectral_nb.bigrams import synthetic_bigrams
 from spectral_nb.survey import capability_survey
+from spectral_nb.timing import memory_mb
 model, n = survey_model(), {n}
 batch = synthetic_bigrams(model, n, length=128, vocabulary="all")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 capability_survey(model, batch.subset(slice(0, 64)))
-before, start = peak(), time.perf_counter()
+before, start = memory_mb(), time.perf_counter()
 {call}
-print(peak() - before, time.perf_counter() - start)
+print(memory_mb() - before, time.perf_counter() - start)
 """
 
 
-def keep_rows(model, batch, batch_size: int = 32):
+def keep_rows(model, batch, batch_size: int | None = None):
     "Every attention row of the query position of every prompt, kept and reduced at the end."
     from spectral_nb.survey import attention_rows
     rows = [torch.stack([r[:, :, 0] for r in part]) for _, part in attention_rows(model, batch.tokens, batch.positions["end"][:, None], batch_size)]

@@ -109,12 +109,12 @@ _hashes = weakref.WeakKeyDictionary()  # model -> {layer: (state of its tensors,
 
 
 def _qk_hash(model, layer: int) -> str:
-    "Hash of the layer's query and key weights, taken again when a tensor was replaced or changed in place."
+    "Hash of the architecture and the layer's query and key weights, taken again when a tensor was replaced or changed in place."
     named = [(n, p) for n, p in model.blocks[layer].attn.named_parameters() if not _NOT_READ.search(n)]
     state = [(n, p.data_ptr(), p._version, p.dtype) for n, p in named]
     known = _hashes.setdefault(model, {})
     if layer not in known or known[layer][0] != state:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(ArchSpec.from_model(model)).encode())  # heads and rotation are no weights
         for n, p in named:
             digest.update(f"{n}{tuple(p.shape)}{p.dtype}{p.device}".encode())
             digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -80,16 +80,21 @@ def _row_hook(query: Int[Tensor, "batch query"], store: dict, layer: int, from_s
     return keep
 
 
+_IN_CACHE = 1 << 21                      # attention weights of a layer at once: more are slower on a processor, not faster
+
+
 def attention_rows(
     model,
     tokens: Int[Tensor, "batch pos"],
     query: Int[Tensor, "batch query"],   # query positions of each prompt
-    batch_size: int = 32,                # prompts in one pass
+    batch_size: int | None = None,       # prompts in one pass; None: as many as keep a layer's attention in the processor's cache
 ) -> Iterator[tuple[slice, list[Float[Tensor, "rows head query k_pos"]]]]:
     "Yield, for each slice of the prompts, the attention rows of every layer. ValueError names a layer whose attention is not finite."
     half = next(model.parameters()).dtype != torch.float32
     name, n_layers = ("attn_scores" if half else "pattern"), model.cfg.n_layers
     device = next(model.parameters()).device
+    room = _IN_CACHE if device.type == "cpu" else 1 << 26
+    batch_size = batch_size or max(1, min(256, room // (model.cfg.n_heads * tokens.shape[1] ** 2)))
     for start in range(0, len(tokens), batch_size):
         part, store = slice(start, start + batch_size), {}
         hooks = [(f"blocks.{l}.attn.hook_{name}", _row_hook(query[part], store, l, half)) for l in range(n_layers)]
@@ -166,7 +171,8 @@ def _check_length(model, batch) -> None:
     if top >= model.cfg.d_vocab: raise ValueError(f"batch: holds token {top}, the model's vocabulary ends at {model.cfg.d_vocab - 1}")
 
 
-def survey_sums(model, batch, query: Int[Tensor, "batch query"], duplicate, induction, *, n_random: int, n_null: int, seed: int, batch_size: int) -> Sums:
+def survey_sums(model, batch, query: Int[Tensor, "batch query"], duplicate, induction, *, n_random: int, n_null: int, seed: int,
+                batch_size: int | None) -> Sums:
     "One pass over the prompts for one or several query positions per prompt."
     tokens, n_pos = batch.tokens.cpu(), batch.tokens.shape[1]
     sums = Sums.zeros(model.cfg.n_layers, model.cfg.n_heads, query.shape[1], n_null)
@@ -198,14 +204,15 @@ def capability_survey(
     n_random: int = 50,          # random other positions per prompt
     n_null: int = 50,            # random target positions per prompt
     seed: int = 0,
-    batch_size: int = 32,        # prompts in one pass
+    batch_size: int | None = None,   # prompts in one pass; None: by the processor's cache
 ) -> pd.DataFrame:
     """Selectivity of every head for the six classes: one row per head.
 
     Columns: `layer head kv_head`, the six classes, `<class>_low <class>_high` (95 % interval over prompts), `attention_<class>`,
     `baseline`, `class selectivity second_class`, `null_high`."""
     check_float("threshold", threshold, 0)
-    for name, value in (("n_random", n_random), ("n_null", n_null), ("batch_size", batch_size)): check_int(name, value, 1)
+    for name, value in (("n_random", n_random), ("n_null", n_null), ("batch_size", batch_size)):
+        if value is not None: check_int(name, value, 1)
     query, duplicate, induction = _query_and_targets(batch, query_role)
     _check_length(model, batch)
     sums = survey_sums(model, batch, query[:, None], duplicate[:, None], induction[:, None], n_random=n_random, n_null=n_null, seed=seed, batch_size=batch_size)
@@ -238,7 +245,7 @@ def class_stability(
     threshold: float = 30.0,
     n_random: int = 50,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     "Class of every head at each query position: `layer head`, `at_<position>`, `selectivity_<position>`, `stable` (one class at all), `classified` (at any)."
     check_float("threshold", threshold, 0)

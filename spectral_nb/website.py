@@ -157,7 +157,7 @@ def _groups(stems: list[str]) -> dict[str, list[str]]:
     groups = {"Sections": [], "Results": [], "Library": []}
     for stem in stems:
         number = int(stem[:2]) if stem[:2].isdigit() else 99
-        groups["Sections" if 10 <= number < 15 else "Results" if 16 <= number < 21 else "Library"].append(stem)
+        groups["Sections" if 10 <= number < 15 else "Results" if number in (*range(16, 21), 28) else "Library"].append(stem)
     return groups
 
 

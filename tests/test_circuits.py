@@ -445,3 +445,15 @@ def test_heads_wider_than_the_stream(architecture):
     assert terms.shape == sigma.shape == (len(pairs), 33) and u.shape == v.shape == (len(pairs), 33, 33)
     scores = ci.pair_scores(acts, pairs) * 40**0.5
     assert_close(terms.sum(1), scores, rtol=1e-4, atol=1e-5 * float(terms.abs().sum(1).max()))
+
+
+def test_equal_weights_with_other_heads_or_rotation_share_nothing():
+    from spectral_nb.models import from_hf
+    two, four = (from_hf(conftest.tiny_hf("gpt2", n_head=n)) for n in (2, 4))
+    assert ci.omega_svd(two).S.shape == (2, 2, 16) and ci.omega_svd(four).S.shape == (2, 4, 8)
+    near, far = (from_hf(conftest.tiny_hf("llama", rope_parameters=dict(rope_type="default", rope_theta=t))) for t in (1e2, 1e6))
+    for model in (near, far):
+        acts = ci.capture(model, conftest.random_tokens(2, 12))
+        pairs = every_pair(acts)
+        terms = ci.slice_terms(model, acts, pairs)
+        assert_close(terms.sum(1), ci.pair_scores(acts, pairs) * 8**0.5, rtol=1e-3, atol=1e-5 * float(terms.abs().sum(1).max()))
