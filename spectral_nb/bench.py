@@ -47,11 +47,13 @@ def plot_benchmarks(table: pd.DataFrame):
     ax.barh(at, table.ratio, color=COLORS[0], xerr=[low, high], error_kw=dict(elinewidth=1, capsize=2))
     ax.axvline(1, color=COLORS[7], linestyle="--", linewidth=1)
     ax.set_xscale("log"); ax.set_yticks(at, table.benchmark); ax.set_xlabel("times faster (or smaller) than the peer"); ax.grid(False, axis="y")
+    ax.set_ylim(at.min() - 0.8, 0.8)
     return fig
 
 
 def plot_scaling(table: pd.DataFrame):
     "Seconds against size relative to the smallest, a panel a section and a line a quantity, with the fitted exponents."
+    from matplotlib.ticker import LogLocator
     from spectral_nb.plots import COLORS, figure
     sections, markers = list(table.section.unique()), "os^D"
     fig, axes = figure(1, len(sections), width=2.6 * len(sections), height=3.2)
@@ -60,7 +62,8 @@ def plot_scaling(table: pd.DataFrame):
             label = f"{what}: {fit_exponent(g['size'], g.seconds):.2f}"
             ax.plot(g["size"] / g["size"].iloc[0], g.seconds, color=COLORS[n], marker=markers[n], markersize=4, label=label)
         ax.set(title=section, xlabel="size / smallest", xscale="log", yscale="log")
-        ax.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"]); ax.minorticks_off()
+        ax.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter("{x:g}"); ax.minorticks_off()
         ax.legend(title="exponent", fontsize=7, title_fontsize=7)
     np.atleast_1d(axes).ravel()[0].set_ylabel("seconds")
     return fig

@@ -63,7 +63,7 @@ def make_run_row(workers: int = 2) -> dict:
             subprocess.run([sys.executable, "-c", call], check=True, capture_output=True)
         wall = time.perf_counter() - started
         done = [cell_seconds(p) for p in Path(folder).glob("**/notebook.ipynb")]
-    note = f"{len(done)} runs and the report on {workers} workers; peer: all cells one after the other, kernels not counted"
+    note = f"{len(done)} notebooks (runs and reports) on {workers} workers; peer: all their cells one after the other, kernels not counted"
     return ratio_row("make run", [wall], [sum(done)], note=note)
 
 

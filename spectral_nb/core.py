@@ -240,9 +240,8 @@ def progress(iterable: Iterable | None = None, *, total: int | None = None, desc
     return tqdm(iterable, total=total, desc=desc, disable=not _is_interactive(), leave=False, mininterval=0.2)
 
 # %% ../nbs/00_core.ipynb #00-029
-def nbdev_export() -> bool:
-    "Export all notebooks if a person runs this in Jupyter; returns whether it did."
-    if "JPY_SESSION_NAME" not in os.environ: return False
+def nbdev_export() -> None:
+    "Export all notebooks if a person runs this in Jupyter, and do nothing elsewhere."
+    if "JPY_SESSION_NAME" not in os.environ: return
     from nbdev.export import nbdev_export as export_all
     export_all()
-    return True
