@@ -176,13 +176,14 @@ def survey_sums(model, batch, query: Int[Tensor, "batch query"], duplicate, indu
     "One pass over the prompts for one or several query positions per prompt."
     tokens, n_pos = batch.tokens.cpu(), batch.tokens.shape[1]
     sums = Sums.zeros(model.cfg.n_layers, model.cfg.n_heads, query.shape[1], n_null)
-    generator = torch.Generator().manual_seed(seed)
+    # a generator for each query position and kind of draw, so that the draws do not depend on batch_size
+    baselines, nulls = ([torch.Generator().manual_seed(2 * (1009 * seed + j) + kind) for j in range(query.shape[1])] for kind in (0, 1))
     for part, rows in attention_rows(model, tokens, query, batch_size):
         picks = [(query[part, j], duplicate[part, j], induction[part, j]) for j in range(query.shape[1])]
         weights = [class_weights(*pick, n_pos) for pick in picks]
         allowed = [other_positions(w, pick[0]) for w, pick in zip(weights, picks)]
-        baseline = torch.stack([baseline_positions(x, n_random, generator) for x in allowed], dim=1)
-        null = torch.stack([null_positions(x, n_null, generator) for x in allowed], dim=1)
+        baseline = torch.stack([baseline_positions(x, n_random, g) for x, g in zip(allowed, baselines)], dim=1)
+        null = torch.stack([null_positions(x, n_null, g) for x, g in zip(allowed, nulls)], dim=1)
         sums.add(rows, torch.stack(weights, dim=1), baseline, null)
     return sums
 

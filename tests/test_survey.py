@@ -236,3 +236,15 @@ def test_names_the_layer_that_is_not_finite():
     model = from_hf(planted_gpt2(), processing="raw")
     model.blocks[1].attn.q.original_component.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="attention of layer 1"): capability_survey(model, bigrams(4))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 30])
+def test_batch_size_changes_nothing(planted, batch_size):
+    batch = bigrams(30)
+    whole, parts = (capability_survey(planted, batch, batch_size=b) for b in (None, batch_size))
+    numbers = list(whole.select_dtypes("number"))
+    np.testing.assert_allclose(whole[numbers], parts[numbers], rtol=1e-4, atol=1e-6)
+    assert whole["class"].tolist() == parts["class"].tolist()
+    whole, parts = (class_stability(planted, batch, [20, N_CTX - 1], batch_size=b) for b in (None, batch_size))
+    numbers = list(whole.select_dtypes("number"))
+    np.testing.assert_allclose(whole[numbers], parts[numbers], rtol=1e-4, atol=1e-6)
