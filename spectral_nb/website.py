@@ -46,11 +46,13 @@ def notebook_page(path: Path, folder: Path) -> str:
     nb.metadata["language_info"] = {"name": "python"}                      # cleaned notebooks lack it; it selects the colours of code
     for cell in nb.cells:
         if cell.cell_type == "markdown": cell.source = math_to_mathml(cell.source)
+        elif re.match(r"#\|\s*echo: false", cell.source): cell.source = ""
         else: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     body, resources = MarkdownExporter().from_notebook_node(nb, resources={"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"})
     for name, content in (resources.get("outputs") or {}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    body = re.sub(r"```python\n\s*```\n", "", body)
     body = re.sub(r"<style scoped>.*?</style>", "", body, flags=re.S)
     body = re.sub(r"!\[png\]\(", "![figure](", body)
     (folder / f"{path.stem}.md").write_text(re.sub(r"\(([\w/.]*?)(\w+)\.ipynb\)", r"(\2.md)", body))
