@@ -178,11 +178,15 @@ def report_sweep(source, out: str | Path | None = None) -> Path:
         record = execute_run(request)
     if record["status"] != "done": raise RuntimeError(f"the report of {str(folder)!r} {record['status']}: {record['error']}")
     executed = request.folder / "notebook.ipynb"
+    import nbformat
     try: from nbconvert import HTMLExporter
     except ImportError: return executed
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, mathjax_url="", require_js_url="")
+    nb = nbformat.read(executed, 4)
+    start = next(i for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and c.source.startswith("## The sweep"))
+    nb.cells = nb.cells[start:]                             # what comes before defines and tries the drawing, on a made-up sweep
     page = folder / "report.html"
-    page.write_text(exporter.from_filename(str(executed))[0])
+    page.write_text(exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=f"Sweep {folder.name}")))[0])
     return page
 
 # %% ../nbs/08_sweeps.ipynb #08-014

@@ -115,7 +115,8 @@ def api_page(module_name: str, notebook: str, folder: Path) -> None:
 _STYLE = """.md-grid { max-width: 78rem; }
 .md-typeset table:not([class]) { font-size: .66rem; }
 .md-typeset pre > code { font-size: .68rem; }
-.md-typeset .dataframe { font-size: .66rem; display: block; overflow-x: auto; white-space: nowrap; }
+.md-typeset .dataframe { font-size: .66rem; display: block; overflow-x: auto; white-space: nowrap; border: 0; border-collapse: collapse; }
+.md-typeset .dataframe td, .md-typeset .dataframe th { border: 0; border-bottom: .05rem solid rgba(0, 0, 0, .12); padding: .3em .7em; text-align: right; }
 .md-typeset img { max-width: 100%; height: auto; }
 .md-typeset .formula { overflow-x: auto; overflow-y: hidden; padding: .3rem 0; margin: .8em 0; }
 .md-typeset .formula math { width: max-content; min-width: 100%; }
