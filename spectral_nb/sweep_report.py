@@ -110,13 +110,14 @@ def plot_claims(claims: pd.DataFrame) -> Figure | None:
         i, j = names.index(row.claim), runs.index(row.run)
         held = None if pd.isna(row.holds) else str(row.holds).lower()
         shade[i, j] = {"true": 1.0, "1.0": 1.0, "1": 1.0, "false": 0.0, "0.0": 0.0, "0": 0.0}.get(held, np.nan)
-        if pd.notna(row.effect): ax.text(j, i, f"{row.effect:.3g}", ha="center", va="center", fontsize=8)
+        if pd.notna(row.effect) and len(runs) <= 20: ax.text(j, i, f"{row.effect:.3g}", ha="center", va="center", fontsize=8)
     ax.imshow(np.ma.masked_invalid(shade), cmap=ListedColormap(["#f2b48c", "#9fd4b8"]), vmin=0, vmax=1, aspect="auto")
     ax.set_facecolor("#eeeeee")
     ax.set_yticks(range(len(names)), [_short(n) for n in names])
-    ax.set_xticks(range(len(runs)), runs, rotation=30, ha="right")
+    step = -(-len(runs) // 30)                                  # as many labels as can be read
+    ax.set_xticks(range(0, len(runs), step), [_short(r, 40) for r in runs[::step]], rotation=30 if step == 1 else 60, ha="right")
     ax.grid(False)
-    ax.set_title("effect by claim and run: green holds, orange does not, grey not tested")
+    ax.set_title(("effect by claim and run: " if len(runs) <= 20 else "claims by run: ") + "green holds, orange does not, grey not tested")
     return fig
 
 # %% ../nbs/20_sweep_report.ipynb #20-016
