@@ -77,14 +77,17 @@ def accuracy_table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _number(x: float) -> str: return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
 def benchmark_table() -> pd.DataFrame:
     "Benchmark ratios with their range, as `make bench` last wrote them."
     path = data_dir() / "bench" / "benchmarks.parquet"
     if not path.is_file(): return pd.DataFrame({"benchmark": ["`make bench` has not been run"]})
     t = read_table(path)
-    return pd.DataFrame({"benchmark": t.benchmark, "ratio": [f"{r:.3g} [{a:.3g}, {b:.3g}]" for r, a, b in zip(t.ratio, t.ratio_low, t.ratio_high)],
-                         "here": [f"{x:.3g} {u}" for x, u in zip(t.ours, t.unit)], "peer": [f"{x:.3g} {u}" for x, u in zip(t.peer, t.unit)],
-                         "note": t.note.fillna("")})
+    ratio = [_number(r.ratio) + (f" [{_number(r.ratio_low)}, {_number(r.ratio_high)}]" if r.n_repeats > 1 else "") for r in t.itertuples()]
+    return pd.DataFrame({"benchmark": t.benchmark, "ratio": ratio, "here": [f"{_number(x)} {u}" for x, u in zip(t.ours, t.unit)],
+                         "peer": [f"{_number(x)} {u}" for x, u in zip(t.peer, t.unit)], "note": t.note.fillna("")})
 
 
 def machine_line() -> str:
