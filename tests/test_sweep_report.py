@@ -52,7 +52,8 @@ def test_report_command(tmp_path, monkeypatch, capsys):
     assert main(["run", str(file), "--out", str(out), "--workers", "2", "--quiet"]) == 0
     assert main(["report", str(file), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
-    assert "image/png" in page and "2 done" in page and "example_sweep" not in page
+    assert "2 done" in page and "example_sweep" not in page and "made-up" not in page
+    assert page.count("data:image/png") >= 2 and "cdnjs" not in page.split("<body")[1]          # the cost and the metrics of this sweep
     assert (out / "report" / "metrics.png").is_file() and nbformat.read(out / "report" / "notebook.ipynb", 4)
     assert set(load_results(out).x) == {1, 2}                               # the report is not taken for a run
     told = read_json(out / "sweep.json")

@@ -95,11 +95,13 @@ def test_code_is_not_taken_for_a_formula():
 
 def test_a_notebook_without_outputs_or_title_still_builds(tmp_path):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("text, [other](../nbs/00_core.ipynb)"), nbformat.v4.new_code_cell("#| export\nx = 1"),
-                                         nbformat.v4.new_code_cell("#| hide\nsecret = 2")])
+                                         nbformat.v4.new_code_cell("#| hide\nsecret = 2"),
+                                         nbformat.v4.new_code_cell("#| echo: false\nonly_shown = 3", outputs=[nbformat.v4.new_output("stream", text="shown")])])
     nbformat.write(nb, tmp_path / "01_x.ipynb")
     assert notebook_page(tmp_path / "01_x.ipynb", tmp_path) == "Untitled"
     text = (tmp_path / "01_x.md").read_text()
     assert "(00_core.md)" in text and "x = 1" in text and "#|" not in text and "secret" not in text
+    assert "only_shown" not in text and "shown" in text
 
 
 def test_broken_links_are_found(tmp_path):
