@@ -14,7 +14,8 @@ import torch
 
 from . import circuits
 from .core import check_int
-from .interventions import KINDS, Changes, edge_interventions, edge_vectors, run_changed
+from .changed_runs import Changes, run_changed
+from .interventions import KINDS, edge_interventions, edge_vectors
 from .models import head_weights
 from .timing import compare, peak_memory_mb, random_gpt2, random_prompts, ratio_row, scaling_rows, seconds
 from .tracing import trace, trace_tables

@@ -5,8 +5,9 @@ import torch
 from conftest import random_tokens, tiny_hf
 from test_svt import firing_roots, peaked, toy_batch
 
+from spectral_nb.changed_runs import Changes, run_changed
 from spectral_nb.circuits import Pairs, capture, slice_terms, slice_vectors
-from spectral_nb.interventions import KINDS, Changes, additivity, edge_interventions, edge_sets, edge_vectors, random_slices, run_changed, set_interventions
+from spectral_nb.interventions import KINDS, additivity, edge_interventions, edge_sets, edge_vectors, random_slices, set_interventions
 from spectral_nb.models import ArchSpec, from_hf, head_weights
 from spectral_nb.planted import planted
 from spectral_nb.tracing import TraceOptions, trace
@@ -120,19 +121,50 @@ def test_batch_size_changes_nothing():
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo", "llama", "qwen3", "olmoe"])
-def test_starting_late_is_the_whole_pass(architecture):
+def test_computing_only_what_a_change_reaches_is_the_whole_pass(architecture):
+    "Every logit, so that any metric is right, and the watched scores; several changes in one run, at the first and at the last token, and none."
     model = peaked(architecture)
-    batch, n_layers = toy_batch(random_tokens(3, 7)), ArchSpec.from_model(model).n_layers
+    batch, n_layers = toy_batch(random_tokens(3, 7), [7, 5, 6]), ArchSpec.from_model(model).n_layers
+    names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post"]
     _, cache = model.run_with_cache(batch.tokens)
-    streams = torch.stack([cache[f"blocks.{layer}.hook_resid_pre"] for layer in range(n_layers)])
-    run, layer, head = (torch.tensor(v) for v in ([0, 1, 1, 2, 3], [0, 1, n_layers - 1, n_layers - 1, 1], [-1, -1, 2, 1, 0]))
-    changes = Changes(run, layer, head, torch.tensor([3, 4, 2, 6, 5]), torch.randn(5, 32))
-    prompt, watch = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([[n_layers - 1, 0, 5, 2]] * 5)          # run 4 changes nothing
-    whole, late = (run_changed(model, batch, prompt, changes, watch=watch, streams=s) for s in (None, streams))
-    for a, b in zip(whole, late, strict=True): np.testing.assert_allclose(a, b, atol=1e-5)
+    streams = torch.stack([cache[name] for name in names])
+    run, layer, head = (torch.tensor(v) for v in ([0, 1, 1, 2, 3, 5, 5], [0, 1, n_layers - 1, n_layers - 1, 1, 0, 1], [-1, -1, 2, 1, 0, -1, 3]))
+    changes = Changes(run, layer, head, torch.tensor([3, 2, 4, 5, 6, 0, 1]), torch.randn(7, 32))
+    prompt = torch.tensor([0, 1, 2, 0, 1, 2])                                              # run 4 changes nothing
+    watch = torch.tensor([[n_layers - 1, 0, 4, 2]] * 5 + [[1, 0, 0, 0]])
+    seen, rows = [], []
+    def every_logit(logits, part):
+        real = part.attention_mask.bool().to(logits.device)
+        seen.append({(tuple(t.tolist()), n): x[m] for n, (t, x, m) in enumerate(zip(part.tokens, logits, real, strict=True))})
+        return (logits.logsumexp(-1) * real).sum(-1).cpu().numpy()
+    counter = model.blocks[1].mlp.hook_in.register_forward_hook(lambda module, args, x: rows.append(x.shape[0] * x.shape[1]))
+    whole, n_whole = run_changed(model, batch, prompt, changes, watch=watch, metric=every_logit), sum(rows)
+    logits, seen[:], rows[:] = list(seen), [], []
+    late = run_changed(model, batch, prompt, changes, watch=watch, streams=streams, metric=every_logit)
+    counter.remove()
+    assert 0 < sum(rows) < 0.7 * n_whole
+    for a, b in zip(whole, late, strict=True): np.testing.assert_allclose(a, b, atol=1e-4)
+    for a, b in zip(logits, seen, strict=True):
+        assert a.keys() == b.keys()
+        for key in a: torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=1e-5)
     assert whole[0].std() > 0
-    torch.testing.assert_close(model(batch.tokens), model.run_with_hooks(batch.tokens))                # nothing is left behind
-    assert not any("forward" in block.__dict__ for block in model.blocks)
+    plain_logits = model(batch.tokens)
+    torch.testing.assert_close(plain_logits, model.run_with_hooks(batch.tokens))                # nothing is left behind
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "olmoe"])
+def test_a_failed_run_leaves_the_model_as_it_was(architecture):
+    model = peaked(architecture)
+    batch, before = toy_batch(random_tokens(2, 6)), None
+    streams = torch.zeros(ArchSpec.from_model(model).n_layers + 1, 2, 6, 32)
+    before = model(batch.tokens)
+    def broken(logits, part): raise RuntimeError("broken metric")
+    wrong = Changes(torch.tensor([0]), torch.tensor([1]), torch.tensor([-1]), torch.tensor([3]), torch.zeros(1, 31))
+    with pytest.raises((RuntimeError, ValueError)): run_changed(model, batch, torch.tensor([0]), wrong, streams=streams)
+    with pytest.raises(RuntimeError, match="broken metric"): run_changed(model, batch, torch.tensor([0]), wrong.select(torch.tensor([False])), metric=broken)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    torch.testing.assert_close(model(batch.tokens), before)
 
 
 def test_no_change_changes_nothing():
