@@ -7,12 +7,15 @@ __all__ = ['Activations', 'capture', 'Pairs', 'valid_pairs', 'pairs_where', 'fir
            'component_hooks', 'component_labels', 'component_outputs', 'read_gain', 'through_norm']
 
 # %% ../nbs/03_activations.ipynb #03-002
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from .core import check_finite, check_int, head_name
 from .models import ArchSpec, head_weights, qk_norm_scales
@@ -70,6 +73,21 @@ def _hook_names(spec: ArchSpec, layers, scores: bool, z: bool) -> dict[str, str]
     return names
 
 
+def _run(model, tokens: Tensor, wanted: set[str], logits: bool) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+    "Logits and the values at the hooks `wanted`; without logits, the pass ends once the last of these is there."
+    if logits:
+        return model.run_with_cache(tokens, names_filter=lambda n: n in wanted)
+    cache = {}
+
+    def keep(value, hook, name):
+        cache[name] = value.detach()
+        if len(cache) == len(wanted):
+            raise StopAtLayerException(value)  # what TransformerLens itself ends a pass with
+
+    model.run_with_hooks(tokens, fwd_hooks=[(name, partial(keep, name=name)) for name in wanted])
+    return None, cache
+
+
 @torch.no_grad()
 def capture(
     model,
@@ -89,7 +107,7 @@ def capture(
     wanted = {n.format(layer) for n in names.values() for layer in layers}
     chunks = []
     for part in tokens.split(check_int("batch_size", batch_size, 1)):
-        out, cache = model.run_with_cache(part.to(model.cfg.device), names_filter=lambda n: n in wanted)
+        out, cache = _run(model, part.to(model.cfg.device), wanted, logits)
         got = {f: [cache[n.format(layer)] for layer in layers] for f, n in names.items() if not f.endswith("_norm")}
         if spec.qk_norm:
             scales = [qk_norm_scales(model, cache, layer) for layer in layers]
@@ -106,7 +124,7 @@ def _exact(x: Tensor) -> Tensor:
 def _assemble(layers: list[int], chunks: list[dict], lengths: Tensor) -> Activations:
     "Join chunks of prompts into checked `Activations`."
     kept = [f for f, value in chunks[0].items() if value is not None]
-    whole = {f: torch.cat([c[f] for c in chunks], 0 if f == "logits" else 1) for f in kept}
+    whole = {f: torch.cat([c[f] for c in chunks], 0 if f == "logits" else 1) if len(chunks) > 1 else chunks[0][f] for f in kept}
     whole["ln_scale"] = whole["ln_scale"].squeeze(-1)
     for i, layer in enumerate(layers):
         check_finite("activations", whole["x"][i], f"layer {layer}")
@@ -241,7 +259,7 @@ def component_outputs(
     cache = tokens_or_cache
     if hasattr(cache, "tokens") or isinstance(cache, (Tensor, np.ndarray, list)):
         tokens = _token_batch(model, cache)[0].to(model.cfg.device)
-        cache = model.run_with_cache(tokens, names_filter=lambda n: n in names)[1]
+        cache = _run(model, tokens, set(names), logits=False)[1]
     if missing := [n for n in names if n not in cache]:
         raise KeyError(f"the cache lacks {missing[0]!r}; component_hooks(model, {layer}) lists what is needed")
     stream = cache[names[-1]].float()

@@ -126,7 +126,7 @@ def trace_rows(model, n_repeats: int = 3, n_prompts: int = 256, limit_s: float =
     whole, passes = [], []
     for _ in range(check_int("n_repeats", n_repeats, 1)):
         whole.append(seconds(trace, model, batch, roots))
-        with torch.inference_mode(): passes.append(seconds(lambda: [model(part.tokens) for part in batch.batches(64)]))
+        with torch.inference_mode(): passes.append(seconds(lambda: [model(part.tokens) for _, part in batch.by_length(64)]))
     whole, passes = np.array(whole), np.array(passes)
     alone, size = whole - passes, f"{n_prompts} prompts, {len(firing)} firings, {len(edges)} edges; {torch.get_num_threads()} threads"
     note = (f"{size}; peer timed on {len(literal.seen)} firings and scaled, {common:.1%} of its edges found; {1e3 * literal_s:.2f} ms a firing against "
@@ -169,7 +169,7 @@ def benchmarks(n_repeats: int = 3, n_layers: int = 12, n_heads: int = 12, d_head
     model, small = random_gpt2(n_layers, n_heads, d_head), random_gpt2(3, 4, 16)
     rows = trace_rows(model, n_repeats, n_prompts)
     rows.append(intervention_row("as small as the shipped models", small, n_repeats, n_edges))
-    return pd.DataFrame([*rows, intervention_row("GPT-2 small", model, 1, n_edges)])
+    return pd.DataFrame([*rows, intervention_row("GPT-2 small", model, n_repeats, n_edges)])
 
 # %% ../nbs/22_bench_svt.ipynb #22-010
 def scaling() -> pd.DataFrame:

@@ -12,6 +12,7 @@ import hashlib
 import re
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,11 +227,16 @@ def _times_core(x: Float[Tensor, "n r"], core: Float[Tensor, "group r s"], group
     return torch.cat([torch.bmm(a.unsqueeze(1), core[g]).squeeze(1) for a, g in parts])
 
 
+def _same(values: Int[Tensor, " n"]):
+    "(value, where it is) for every value that occurs."
+    for value in values.unique().tolist():
+        yield value, (values == value).nonzero().squeeze(1)
+
+
 def _by_layer(acts: Activations, pairs: Pairs):
     "(layer, place in acts, which pairs) for every layer that occurs."
     place = layer_index(acts, pairs)
-    for layer in pairs.layer.unique().tolist():
-        at = (pairs.layer == layer).nonzero().squeeze(1)
+    for layer, at in _same(pairs.layer):
         yield layer, int(place[at[0]]), at
 
 
@@ -292,12 +298,12 @@ def combine_vectors(
     pairs: Pairs,
     query_weights: Float[Tensor, "n d_head"],
     key_weights: Float[Tensor, "n d_head"],
-) -> tuple[Float[Tensor, "n d_model_plus_1"], Float[Tensor, "n d_model_plus_1"]]:
+    directions: Callable[[Tensor], Tensor] | None = None,  # what becomes of the d_model coordinates of the singular vectors [head d_model sv]
+) -> Float[Tensor, "2 n d_model_plus_1"]:
     "Weighted sums of each pair's left and of its right singular vectors."
     spec = ArchSpec.from_model(model)
-    out = [query_weights.new_zeros(len(pairs), spec.d_model + 1) for _ in range(2)]
-    for layer in pairs.layer.unique().tolist():
-        at = (pairs.layer == layer).nonzero().squeeze(1)
+    out = query_weights.new_empty(2, len(pairs), spec.d_model + 1)
+    for layer, at in _same(pairs.layer):
         p, weights = pairs[at], [query_weights[at], key_weights[at]]
         if spec.positions == "rotary":
             bases = _bases(model, layer)[0::2]
@@ -305,11 +311,12 @@ def combine_vectors(
             weights = [_times_core(w, c.mT, group) for w, c in zip(weights, (Uc, Vc), strict=True)]
         else:
             bases = _vectors(model, layer, 0)[0::2]
-        for h in p.head.unique().tolist():
-            mine = (p.head == h).nonzero().squeeze(1)
-            for side in range(2):
-                out[side][at[mine]] = weights[side][mine] @ bases[side][h].mT
-    return tuple(out)
+        if directions is not None:
+            bases = [torch.cat([directions(basis[:, :-1]), basis[:, -1:]], 1) for basis in bases]
+        for h, mine in _same(p.head):
+            for weight, basis, result in zip(weights, bases, out, strict=True):
+                result.index_copy_(0, at[mine], weight.index_select(0, mine) @ basis[h].mT)
+    return out
 
 
 def slice_vectors(

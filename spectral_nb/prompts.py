@@ -87,6 +87,14 @@ class PromptBatch:
         for start in range(0, len(self), size):
             yield self.subset(slice(start, start + size))
 
+    def by_length(self, size: int) -> Iterator[tuple[Int[Tensor, " part"], "PromptBatch"]]:
+        """Batches of at most `size` prompts of like length, the shortest first, each as wide as its longest, and the places of their prompts."""
+        check_int("size", size, 1)
+        for places in self.lengths.cpu().argsort(stable=True).split(size):
+            part = self.subset(places)
+            width = int(part.lengths.max())
+            yield places, replace(part, tokens=part.tokens[:, :width], attention_mask=part.attention_mask[:, :width])
+
     def split(self, n: int) -> tuple["PromptBatch", "PromptBatch"]:
         """The first n prompts and the others: a screen and the batch it is tested on."""
         check_int("n", n, 1, len(self) - 1)

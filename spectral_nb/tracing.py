@@ -7,6 +7,7 @@ __all__ = ['TraceOptions', 'Readings', 'slice_mask', 'reading_vectors', 'Upstrea
            'all_outputs', 'contributions', 'significant', 'trace_tables', 'trace', 'logit_attribution', 'find_roots']
 
 # %% ../nbs/09_tracing.ipynb #09-002
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,13 +68,13 @@ def reading_vectors(model: Any, acts: Activations, pairs: Pairs, rule: str = "pa
     mask = slice_mask(a * sigma * b, sigma, rule)
     weight = torch.where(a < 0, -1.0, 1.0) * sigma.sqrt() * mask
     signal = torch.stack([(weight * a).sum(-1), (weight * b).sum(-1)])
-    vectors = torch.stack(combine_vectors(model, pairs, weight, weight))
     scale = torch.stack([acts.ln_scale[i, pairs.prompt, pos] for pos in (pairs.q_pos, pairs.k_pos)])
     if acts.q_scale is not None:
         scale = scale * torch.stack([s[i, pairs.prompt, pos, pairs.head] for s, pos in ((acts.q_scale, pairs.q_pos), (acts.k_scale, pairs.k_pos))])
-    directions = vectors[..., :-1] * read_gain(model, layer)
-    if "layernorm" in ArchSpec.from_model(model).norm: directions = directions - directions.mean(-1, keepdim=True)
-    return Readings(directions / scale[..., None], vectors[..., -1] / scale, signal, mask.sum(-1))
+    gain, centred = read_gain(model, layer)[:, None], "layernorm" in ArchSpec.from_model(model).norm
+    def read(vectors): return (vectors * gain) - (vectors * gain).mean(1, keepdim=True) if centred else vectors * gain
+    vectors = combine_vectors(model, pairs, *(weight / scale[..., None]), directions=read)
+    return Readings(vectors[..., :-1], vectors[..., -1], signal, mask.sum(-1))
 
 # %% ../nbs/09_tracing.ipynb #09-010
 @dataclass(frozen=True)
@@ -122,24 +123,23 @@ def all_outputs(model: Any, part: Any, top: int) -> Upstream:
     return Upstream(found.values.flatten(1, 2), found.labels, layers, heads)
 
 # %% ../nbs/09_tracing.ipynb #09-013
-_GATHER = 1 << 14                                   # numbers a token's outputs may have to be gathered for every row
+_GATHER = 1 << 14                                   # numbers that gathering may read for each token: more take longer than a product of its own
 
 
 def contributions(outputs: Float[Tensor, "component token d_model"], token: Int[Tensor, "row"],
                   vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, "row component"]:
     "Dot products of each row's vector with all outputs of its token."
     n, width = len(outputs), len(outputs) * outputs.shape[2]
-    result = vectors.new_empty(len(token), n)
-    if width <= _GATHER:
+    result, order = vectors.new_empty(len(token), n), token.argsort(stable=True)
+    tokens, counts = token[order].unique_consecutive(return_counts=True)
+    if len(token) * width <= len(tokens) * _GATHER:
         for at in torch.arange(len(token), device=token.device).split(max(1, (1 << 24) // max(width, 1))):
             result[at] = torch.bmm(outputs[:, token[at]].transpose(0, 1), vectors[at].unsqueeze(-1)).squeeze(-1)
         return result
-    order = token.argsort(stable=True)
-    tokens, counts = token[order].unique_consecutive(return_counts=True)
     by_token, counts, ordered = outputs.unbind(1), counts.tolist(), torch.empty_like(result)
-    for t, mine, out in zip(tokens.tolist(), vectors[order].split(counts), ordered.split(counts)): torch.mm(mine, by_token[t].T, out=out)
-    result[order] = ordered
-    return result
+    sorted_vectors = vectors.index_select(0, order).split(counts)
+    for t, mine, out in zip(tokens.tolist(), sorted_vectors, ordered.split(counts)): torch.mm(mine, by_token[t].T, out=out)
+    return result.index_copy_(0, order, ordered)
 
 
 def significant(contribution: Float[Tensor, "row component"], share: float, floor: Float[Tensor, "row"]) -> Bool[Tensor, "row component"]:
@@ -223,13 +223,18 @@ def _trace_part(model, part, roots, options: TraceOptions, room: Tensor) -> tupl
 _INTEGERS = ("prompt", "layer", "head", "q_pos", "k_pos", "position", "upstream_layer", "upstream_head", "n_slices")
 
 
-def _table(columns: list[dict[str, Tensor]], start: int) -> pd.DataFrame:
-    "One table of the layers' columns, prompts counted from `start`."
-    names = list(columns[0]) if columns else ["prompt", "layer", "head", "q_pos", "k_pos"]
-    table = pd.DataFrame({k: torch.cat([c[k] for c in columns]).cpu().numpy() if columns else np.zeros(0) for k in names})
+def _table(columns: list[dict[str, Tensor]], places: Int[Tensor, "part"]) -> pd.DataFrame:
+    "One table of the layers' columns, the prompts by their `places` in the whole batch."
+    table = pd.DataFrame({k: torch.cat([c[k] for c in columns]).cpu().numpy() for k in columns[0]})
     for k in set(_INTEGERS) & set(table): table[k] = table[k].astype(np.int32)
-    table["prompt"] += np.int32(start)
+    table["prompt"] = places.numpy().astype(np.int32)[table["prompt"]]
     return table
+
+
+def _joined(tables: list[pd.DataFrame], columns: Iterable[str]) -> pd.DataFrame:
+    "The parts' tables as one, prompt after prompt; an empty one with `columns` where there are none."
+    if not tables: return pd.DataFrame({c: np.zeros(0, np.int32) for c in columns})
+    return pd.concat(tables, ignore_index=True).sort_values("prompt", kind="stable", ignore_index=True)
 
 
 def _label(table: pd.DataFrame, model, batch, upstream: Upstream) -> pd.DataFrame:
@@ -267,19 +272,18 @@ def trace_tables(model: Any, batch: Any, roots: Any = None, options: TraceOption
     if not roots: raise ValueError("roots: needs at least one head, got none")
     top = max(layer for layer, _ in roots)
     per_prompt = 4 * batch.tokens.shape[1] * max(1, top * (spec.n_heads + 2)) * spec.d_model
-    size, start, tables = max(1, min(options.batch_size, len(batch), (1 << 28) // per_prompt)), 0, ([], [])
+    size, tables = max(1, min(options.batch_size, len(batch), (1 << 28) // per_prompt)), ([], [])
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     room = torch.empty(size * per_prompt // 4 if options.components == "heads" else 0, dtype=dtype, device=model.cfg.device)  # made once: new memory is slow
-    for part in progress(list(batch.batches(size)), desc="trace"):
+    for places, part in progress(list(batch.by_length(size)), desc="trace"):
         with torch.inference_mode():
             for table, columns in zip(tables, _trace_part(model, part, roots, options, room)):
-                if columns: table.append(_table(columns, start))
-        start += len(part)
-    firing = pd.concat(tables[1], ignore_index=True) if tables[1] else pd.DataFrame({c: [] for c in ("prompt", "layer", "head", "q_pos", "k_pos", "root")})
+                if columns: table.append(_table(columns, places))
+    firing = _joined(tables[1], ("prompt", "layer", "head", "q_pos", "k_pos", "root"))
     _never_firing(roots, firing, batch, options)
     named = upstream_labels(spec, top) if options.components == "heads" else all_outputs(model, batch.subset(slice(0, 1)), top)
-    empty = pd.DataFrame({c: np.zeros(0, np.int32) for c in (*_INTEGERS, "component", "side", "contribution", "share", "attention")})
-    return _label(pd.concat(tables[0], ignore_index=True) if tables[0] else empty, model, batch, named), firing
+    edges = _joined(tables[0], (*_INTEGERS, "component", "side", "contribution", "share", "attention"))
+    return _label(edges, model, batch, named), firing
 
 
 def trace(model: Any, batch: Any, roots: Any = None, options: TraceOptions = TraceOptions(), **changes: Any) -> pd.DataFrame:

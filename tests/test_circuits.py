@@ -367,6 +367,26 @@ def test_components_from_a_cache_and_its_missing_hooks(made):
         ci.component_outputs(model, {}, 1)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_capture_without_logits_stops_early_and_reads_the_same(made, architecture):
+    model, whole = made(architecture)
+    tokens, seen = conftest.random_tokens(4, 20), []
+    counters = [block.mlp.hook_in.register_forward_hook(lambda *_: seen.append(1)) for block in model.blocks]
+    short = ci.capture(model, tokens, logits=False)
+    assert len(seen) < len(model.blocks) and short.logits is None
+    first = ci.capture(model, tokens, layers=[0], z=False, logits=False)
+    for counter in counters:
+        counter.remove()
+    for field in ("x", "ln_scale", "scores", "pattern", "z", "q_scale", "k_scale"):
+        a, b = getattr(short, field), getattr(whole, field)
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, atol=1e-6, rtol=1e-6)
+    assert_close(first.pattern[0], whole.pattern[0], atol=1e-6, rtol=1e-6)
+    assert_close(model(tokens), whole.logits, atol=1e-5, rtol=1e-5)  # no hook is left behind
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
 def test_capture_refuses_what_it_cannot_read(made):
     model, _ = made("gpt2")
     for tokens, message in [(torch.zeros(0, 4, dtype=torch.long), "empty"), (torch.zeros(2, 33, dtype=torch.long), "holds 32"),

@@ -307,6 +307,12 @@ def test_subset_batches_and_split_keep_rows_together():
     mask[3] = True
     assert batch.subset(mask).text == batch.subset(mask.numpy()).text == [batch.text[3]]
     assert sum((b.text for b in batch.batches(4)), []) == batch.text
+    widths = []
+    for places, part in batch.by_length(4):
+        assert part.text == [batch.text[i] for i in places.tolist()] and (part.lengths == batch.lengths[places]).all()
+        assert part.tokens.equal(batch.tokens[places][:, :part.tokens.shape[1]]) and part.tokens.shape[1] == part.lengths.max()
+        widths += [part.lengths.min().item(), part.lengths.max().item()]
+    assert widths == sorted(widths)
     a, b = batch.split(6)
     assert a.text + b.text == batch.text and len(a) == 6
     assert (batch.to("cpu").tokens == batch.tokens).all()
@@ -315,6 +321,7 @@ def test_subset_batches_and_split_keep_rows_together():
         lambda: batch.subset(mask & False),
         lambda: batch.split(10),
         lambda: list(batch.batches(0)),
+        lambda: list(batch.by_length(0)),
         lambda: batch.at("S3"),
     ):
         with pytest.raises(ValueError):
