@@ -20,17 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spectral_nb.activations import (
-    Activations,
-    Components,
-    Pairs,
-    capture,
-    component_outputs,
-    firings,
-    layer_index,
-    pair_scores,
-    through_norm,
-)
+from .activations import Activations, Components, Pairs, capture, component_outputs, firings, layer_index, pair_scores, through_norm
 from .core import check_finite, check_int
 from .models import ArchSpec, apply_rotation, head_weights, rotation
 from .spectra import check_reconstruction, factored_svd, sign_weights
@@ -204,12 +194,17 @@ def omega_svd(
 _CHUNK = 2048  # pairs whose cores are gathered at once
 
 
+def _same(values: Int[Tensor, " n"]):
+    "(value, where it is) for every value that occurs."
+    for value in values.unique().tolist():
+        yield value, (values == value).nonzero().squeeze(1)
+
+
 def _project(x: Tensor, row: Tensor, head: Tensor, basis: Tensor, out: Tensor, at: Tensor) -> Tensor:
     "Inputs `row` in their heads' bases, into the rows `at` of `out`; the basis' last row is for the appended 1."
     flat = x.flatten(0, 1)
     place = torch.arange(len(flat), device=x.device)
-    for h in head.unique().tolist():
-        mine = (head == h).nonzero().squeeze(1)
+    for h, mine in _same(head):
         needed, rows = row[mine], flat
         used = torch.zeros(len(flat), dtype=torch.bool, device=x.device)
         used[needed] = True
@@ -225,12 +220,6 @@ def _times_core(x: Float[Tensor, "n r"], core: Float[Tensor, "group r s"], group
     "Each row times the core of its group, chunk by chunk."
     parts = zip(x.split(_CHUNK), group.split(_CHUNK), strict=True)
     return torch.cat([torch.bmm(a.unsqueeze(1), core[g]).squeeze(1) for a, g in parts])
-
-
-def _same(values: Int[Tensor, " n"]):
-    "(value, where it is) for every value that occurs."
-    for value in values.unique().tolist():
-        yield value, (values == value).nonzero().squeeze(1)
 
 
 def _by_layer(acts: Activations, pairs: Pairs):
