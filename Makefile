@@ -56,6 +56,7 @@ docs: $(READY)   ## static site of all notebooks and the API reference, in site/
 	$(BIN)/python -m spectral_nb.website
 
 bench: $(READY)  ## all benchmarks against what a user would otherwise run
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m spectral_nb.bench
 
 lab: $(READY)    ## JupyterLab on the notebooks
