@@ -227,7 +227,8 @@ def claims(result: SvtResult) -> pd.DataFrame:
             _rank_claim(effects, "score_effect", "downstream score"), _rank_claim(effects, "effect", "logit difference"),
             _touch_claim(table, "cosine", 0.999, "an intervention hardly turns the residual (cosine > 0.999)", PUBLISHED["cosine"]),
             _touch_claim(table, "norm_ratio", 0.01, "an intervention hardly changes the norm (< 1 %)", PUBLISHED["norm_change"])]
-    slices = bootstrap_ci(result.firings["n_slices"].to_numpy(float), np.median, n_resamples=200)
+    counts = [g.to_numpy(float) for _, g in result.firings.groupby("prompt")["n_slices"]]                # firings of a prompt go together
+    slices = bootstrap_ci(np.arange(len(counts)), lambda i: np.median(np.concatenate([counts[k] for k in i.astype(int)])), n_resamples=1000)
     rows.append(dict(claim="few slices carry a firing", effect=slices, holds=bool(slices.high <= 3), unit="median slices", n=len(result.firings),
                      published=PUBLISHED["slices"]))
     for s in additivity(result.sets).query("action == 'ablate'").dropna(subset=["ratio"]).itertuples() if len(result.sets) else ():
