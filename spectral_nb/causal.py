@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .activations import run_to
 from .core import check_in, check_int, head_name, parse_heads
 from .intervals import Interval, bootstrap_ci, claims_table, exact_p, permutation_p, wilson
 
@@ -94,10 +95,9 @@ def reference_outputs(model, batch, batch_size: int = 256) -> HeadReference:
     if not len(batch): raise ValueError("reference: needs at least one prompt, got none")
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     parts = []
-    with torch.no_grad():
-        for part in batch.batches(batch_size):
-            _, cache = model.run_with_cache(part.tokens, names_filter=names)
-            parts.append(torch.stack([cache[name] for name in names]))
+    for part in batch.batches(batch_size):
+        cache = run_to(model, part.tokens, names)
+        parts.append(torch.stack([cache[name] for name in names]))
     z = torch.cat(parts, dim=1)
     real = batch.attention_mask.to(z.device)
     lengths = real.sum(-1)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .activations import run_to
 from .core import check_in, check_int, progress
 from .models import head_weights, load_model, model_info
 from .participation import (fixed_content, head_participation, head_shape, pick_heads, pr_integral, pr_rise, pr_spread,
@@ -105,8 +106,8 @@ def key_attention(model, batch, query: str = "end", key: str = "key",
     to_key, to_others = np.zeros((n_layers, n_heads)), np.zeros((n_layers, n_heads))
     for part in batch.batches(batch_size):
         q, k, rows = read_positions(part, query), read_positions(part, key), torch.arange(len(part))
-        with torch.no_grad(): _, cache = model.run_with_cache(part.tokens, names_filter=names)
-        pattern = torch.stack([cache[name][rows, :, q] for name in names]).double()         # [layer prompt head key_pos]
+        cache = run_to(model, part.tokens, names, lambda pattern, name, rows=rows, q=q: pattern[rows, :, q])
+        pattern = torch.stack([cache[name] for name in names]).double()                     # [layer prompt head key_pos]
         there = pattern[:, rows, :, k].transpose(0, 1)                                       # [layer prompt head]
         to_key += there.sum(1).cpu().numpy()
         to_others += ((1 - there) / q[None, :, None]).sum(1).cpu().numpy()                   # q other positions

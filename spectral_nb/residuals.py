@@ -10,7 +10,6 @@ __all__ = ['CLASSES', 'POINTS', 'QUANTILES', 'position_classes', 'StreamNorms', 
 # %% ../nbs/09_residuals.ipynb #09-003
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .activations import run_to
 from .intervals import Interval, bootstrap_ci
 from .core import check_finite, check_in, check_int, progress
 from .architectures import ArchSpec
@@ -85,15 +85,16 @@ def _reduce(seen: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
 def _measure_chunk(model, tokens: Int[Tensor, "batch pos"], points: list[str]) -> dict[str, Float[Tensor, "layer batch pos"]]:
     "The kept numbers of every layer for one batch of tokens."
     rows, seen = [], {}
+    names = {f"blocks.{layer}.hook_{point}": (layer, point) for layer in range(model.cfg.n_layers) for point in points}
 
-    def keep(x, hook, layer, point):
+    def keep(x, name):
+        layer, point = names[name]
         seen[point] = x
         if point == "resid_post":
             rows.append(_reduce(seen, layer))
             seen.clear()
 
-    hooks = [(f"blocks.{layer}.hook_{p}", partial(keep, layer=layer, point=p)) for layer in range(model.cfg.n_layers) for p in points]
-    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    run_to(model, tokens, names, keep)
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .activations import run_to
 from .core import check_float, check_in, check_int
 
 # %% ../nbs/09_survey.ipynb #09-005
@@ -71,12 +72,12 @@ def null_positions(allowed: Bool[Tensor, "batch pos"], n_null: int, generator: t
     return torch.multinomial(share, n_null, replacement=True, generator=generator)
 
 # %% ../nbs/09_survey.ipynb #09-012
-def _row_hook(query: Int[Tensor, "batch query"], store: dict, layer: int, from_scores: bool):
-    "Hook that keeps the float32 attention rows `[batch, head, query, k_pos]` of one layer."
-    def keep(tensor, hook):
+def _rows_of(query: Int[Tensor, "batch query"], from_scores: bool):
+    "Function from a layer's attention to its float32 rows `[batch, head, query, k_pos]`."
+    def keep(tensor, name):
         index = query.to(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
         rows = tensor.gather(2, index).float()
-        store[layer] = rows.softmax(dim=-1) if from_scores else rows
+        return rows.softmax(dim=-1) if from_scores else rows
     return keep
 
 
@@ -92,17 +93,17 @@ def attention_rows(
     "Yield, for each slice of the prompts, the attention rows of every layer. ValueError names a layer whose attention is not finite."
     half = next(model.parameters()).dtype != torch.float32
     name, n_layers = ("attn_scores" if half else "pattern"), model.cfg.n_layers
-    device = next(model.parameters()).device
-    room = _IN_CACHE if device.type == "cpu" else 1 << 26
+    room = _IN_CACHE if next(model.parameters()).device.type == "cpu" else 1 << 26
     batch_size = batch_size or max(1, min(256, room // (model.cfg.n_heads * tokens.shape[1] ** 2)))
+    names = [f"blocks.{layer}.attn.hook_{name}" for layer in range(n_layers)]
     for start in range(0, len(tokens), batch_size):
-        part, store = slice(start, start + batch_size), {}
-        hooks = [(f"blocks.{l}.attn.hook_{name}", _row_hook(query[part], store, l, half)) for l in range(n_layers)]
-        with torch.inference_mode(): model.run_with_hooks(tokens[part].to(device), return_type=None, fwd_hooks=hooks)
+        part = slice(start, start + batch_size)
+        with torch.inference_mode(): kept = run_to(model, tokens[part], names, _rows_of(query[part], half))
+        rows = [kept[name] for name in names]
         for layer in range(n_layers):
-            if not store[layer].isfinite().all():
-                raise ValueError(f"model: the attention of layer {layer} is not finite on prompts {start} to {start + len(store[layer]) - 1}")
-        yield part, [store[layer] for layer in range(n_layers)]
+            if not rows[layer].isfinite().all():
+                raise ValueError(f"model: the attention of layer {layer} is not finite on prompts {start} to {start + len(rows[layer]) - 1}")
+        yield part, rows
 
 # %% ../nbs/09_survey.ipynb #09-014
 @dataclass

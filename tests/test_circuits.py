@@ -387,6 +387,22 @@ def test_capture_without_logits_stops_early_and_reads_the_same(made, architectur
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
+def test_run_to_keeps_what_it_is_told_and_computes_no_more(made):
+    from spectral_nb.activations import run_to
+    model, whole = made("gpt2")
+    tokens, seen = conftest.random_tokens(4, 20), []
+    counter = model.unembed.hook_in.register_forward_hook(lambda *_: seen.append(1))
+    kept = run_to(model, tokens, ["blocks.0.attn.hook_pattern", "blocks.1.hook_resid_post"], lambda value, name: (name[7], tuple(value.shape)))
+    assert kept == {"blocks.0.attn.hook_pattern": ("0", tuple(whole.pattern.shape[1:])), "blocks.1.hook_resid_post": ("1", tuple(whole.x.shape[1:]))}
+    assert not seen
+    model(tokens)
+    counter.remove()
+    assert seen
+    with pytest.raises((KeyError, ValueError), match="nowhere"):
+        run_to(model, tokens, ["blocks.0.nowhere"])
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
 def test_capture_refuses_what_it_cannot_read(made):
     model, _ = made("gpt2")
     for tokens, message in [(torch.zeros(0, 4, dtype=torch.long), "empty"), (torch.zeros(2, 33, dtype=torch.long), "holds 32"),
