@@ -12,6 +12,7 @@ __all__ = ['repo_root', 'data_dir', 'zoo_dir', 'runs_dir', 'reference_dir', 'unk
 import difflib, functools, hashlib, json, os, random, sys, warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -227,21 +228,25 @@ def save_run(section: str, params: dict, table: pd.DataFrame, *, figures: dict |
     return folder
 
 # %% ../nbs/00_core.ipynb #00-026
+def _in_jupyter() -> bool: return "JPY_SESSION_NAME" in os.environ            # set by Jupyter servers, not by papermill or nbclient
+
+
 def _is_interactive() -> bool:
     "Is somebody looking: a terminal, or a notebook that is not executed by a program?"
     if os.environ.get("SPECTRAL_NB_PROGRESS"): return os.environ["SPECTRAL_NB_PROGRESS"] != "0"
-    if "JPY_SESSION_NAME" in os.environ: return True            # set by Jupyter servers, not by papermill or nbclient
-    return bool(getattr(sys.stderr, "isatty", lambda: False)())
+    return _in_jupyter() or bool(getattr(sys.stderr, "isatty", lambda: False)())
 
 
 def progress(iterable: Iterable | None = None, *, total: int | None = None, desc: str = ""):
     "A tqdm bar over `iterable` (or `total` manual updates), drawn only where somebody sees it."
     from tqdm import tqdm
-    return tqdm(iterable, total=total, desc=desc, disable=not _is_interactive(), leave=False, mininterval=0.2)
+    return tqdm(iterable, total=total, desc=desc, disable=not _is_interactive(), leave=_in_jupyter(), file=sys.stdout if _in_jupyter() else sys.stderr,
+                delay=0.5, mininterval=0.2)
 
 # %% ../nbs/00_core.ipynb #00-029
 def nbdev_export() -> None:
-    "Export all notebooks if a person runs this in Jupyter, and do nothing elsewhere."
-    if "JPY_SESSION_NAME" not in os.environ: return
-    from nbdev.export import nbdev_export as export_all
-    export_all()
+    "Export all notebooks if a person runs this in Jupyter inside the repository, and do nothing elsewhere."
+    if not _in_jupyter() or not find_spec("nbdev"): return
+    from nbdev.config import is_nbdev
+    from nbdev.doclinks import nbdev_export as export_all
+    if is_nbdev(): export_all()

@@ -1,6 +1,7 @@
 "The house rules: layering, notebook tags, sizes, the lazy top level, and that a papermill override really changes a result."
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -132,3 +133,30 @@ def test_readme_is_made_from_the_index(tmp_path):
     from spectral_nb.render import write_readme
     made = write_readme(readme=tmp_path / "README.md").read_text()
     assert made == (ROOT / "README.md").read_text(), "README.md is not what nbs/index.ipynb gives: run `make render`"
+
+
+def jupyter(code: str, folder, **env) -> subprocess.CompletedProcess:
+    "`code` as a cell of JupyterLab runs it, in `folder`."
+    environment = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "SPECTRAL_NB_PROGRESS")} | {"JPY_SESSION_NAME": "a.ipynb"} | env
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_last_cell_exports_in_jupyterlab_and_only_in_the_repository(tmp_path):
+    code = "from spectral_nb.core import nbdev_export; nbdev_export()"
+    assert jupyter(code, tmp_path).returncode == 0 and not list(tmp_path.iterdir())                     # a notebook copied elsewhere
+    settings = re.sub("(lib_path|lib_name) = spectral_nb", r"\1 = toy", (repo_root() / "settings.ini").read_text())
+    (tmp_path / "settings.ini").write_text(settings)
+    (tmp_path / "nbs").mkdir()
+    cells = [nbformat.v4.new_code_cell(s) for s in ("#| default_exp made", "#| export\ndef answer(): return 42")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "nbs" / "00_made.ipynb")
+    done = jupyter(code, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "return 42" in (tmp_path / "toy" / "made.py").read_text()
+
+
+def test_progress_bars_in_jupyterlab():
+    slow = "import time; from spectral_nb.core import progress\nfor _ in progress(range(4), desc='slow'): time.sleep(0.3)"
+    seen = jupyter(slow, repo_root())
+    assert "slow: 100%" in seen.stdout and "4/4" in seen.stdout and not seen.stderr                      # on stderr JupyterLab would paint it red
+    assert jupyter(slow.replace("0.3", "0.01"), repo_root()).stdout == ""
+    assert jupyter(slow, repo_root(), SPECTRAL_NB_PROGRESS="0").stdout == ""
