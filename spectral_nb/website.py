@@ -27,7 +27,7 @@ def math_to_mathml(text: str) -> str:
         display = match[1] is not None
         formula = (match[1] or match[2]).strip().replace("\n", " ")
         mathml = convert(formula, display="block" if display else "inline").replace("*", "&#42;").replace("_", "&#95;")    # no Markdown in it
-        return f'\n\n<div class="formula">{mathml}</div>\n\n' if display else mathml
+        return f'\n\n<div class="formula">{mathml}</div>\n\n' if display else f"<span>{mathml}</span>"      # bare, a line that begins with it would be a block
     return "".join(part if i % 2 else _MATH.sub(one, part) for i, part in enumerate(_CODE.split(text)))
 
 # %% ../nbs/26_website.ipynb #26-008

@@ -55,6 +55,8 @@ def test_pages_read_well(pages):
             if name.startswith("api/"): assert not re.search(r" at 0x[0-9a-f]{6,}", code.get_text()), name
             assert not re.search(r"^#\s*\|", code.get_text(), re.M), f"{name} shows a directive"
         assert not [i for i in article.find_all("img") if i["src"].startswith("data:")], f"{name} embeds a figure"
+        lone = [m for m in article.find_all("math") if m["display"] == "inline" and not m.find_parent(["p", "li", "td", "th", "h1", "h2", "h3"])]
+        assert not lone, f"{name}: {len(lone)} formulas break their sentence"
         for e in article.find_all(["pre", "code", "math"]): e.decompose()
         assert not re.search(r"\$[^$\n]*\\[a-z]+[^$\n]*\$", article.get_text()), f"{name} shows raw LaTeX"
 
