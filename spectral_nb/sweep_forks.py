@@ -12,13 +12,17 @@ from pathlib import Path
 import nbformat
 
 # %% ../nbs/08_sweep_forks.ipynb #08-005
+_PARSING = threading.Lock()                 # CPython 3.11 counts the depth of a parse once for all threads: two at a time may fail
+
+
 @lru_cache
 def imported_names(notebook: str) -> tuple[str, ...]:
     "Modules that a notebook's cells import at their top level, in order; cells that are not plain Python are passed over."
     found: dict[str, None] = {}
     for cell in nbformat.read(notebook, as_version=4).cells:
         if cell.cell_type != "code": continue
-        try: tree = ast.parse(cell.source)
+        try:
+            with _PARSING: tree = ast.parse(cell.source)
         except SyntaxError: continue
         for node in tree.body:
             if isinstance(node, ast.Import): found |= dict.fromkeys(a.name for a in node.names)

@@ -2,6 +2,8 @@
 import datetime
 import json
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
@@ -51,6 +53,21 @@ def test_grid_of_eight_over_two_workers(toy, tmp_path, capfd):
     assert run_sweep(sweep, workers=2, progress="none").reused == 8         # and nothing runs again
     assert len(noted(log)) == 16
     for folder in outcome.runs.folder: assert nbformat.read(f"{folder}/notebook.ipynb", 4).metadata.papermill.exception is None
+
+
+def test_workers_may_read_a_notebook_at_the_same_time():
+    "CPython 3.11 mixes up two parses at once; every collection of garbage lets another thread in here, so that it happens often."
+    code = """
+import gc, sys
+from concurrent.futures import ThreadPoolExecutor
+from spectral_nb.sweep_forks import imported_names
+sys.setswitchinterval(1e-6)
+gc.callbacks.append(lambda *_: sum(range(50)))
+gc.set_threshold(50, 2, 2)
+with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(lambda _: imported_names.__wrapped__(sys.argv[1]), range(40)))))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(repo_root() / "nbs" / "12_svt.ipynb")], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "1\n", done.stderr[-1000:]
 
 
 def test_a_warm_start_changes_nothing(toy, tmp_path, monkeypatch):
