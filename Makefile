@@ -47,17 +47,17 @@ nbtest: $(READY)
 
 zoo: $(READY)    ## retrain a shipped model: make zoo MODEL=story-gpt2-s42
 	@test -n "$(MODEL)" || { echo "MODEL is missing: make zoo MODEL=story-gpt2-s42"; exit 1; }
-	$(BIN)/python -m spectral_nb.zoo $(MODEL)
+	$(BIN)/python -m spectral_nb.training.zoo $(MODEL)
 
 render: $(READY) ## execute every notebook in place and make README.md again
-	$(BIN)/python -m spectral_nb.render --workers $(WORKERS)
+	$(BIN)/python -m spectral_nb.dev.render --workers $(WORKERS)
 
 docs: $(READY)   ## static site of all notebooks and the API reference, in site/
-	$(BIN)/python -m spectral_nb.website
+	$(BIN)/python -m spectral_nb.dev.website
 
 bench: $(READY)  ## all benchmarks against what a user would otherwise run
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m spectral_nb.bench
+	$(BIN)/python -m spectral_nb.dev.bench
 
 lab: $(READY)    ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab nbs

@@ -1,4 +1,5 @@
 "Packaging: everything is read from settings.ini."
+
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
@@ -18,11 +19,14 @@ setup(
     license="Apache-2.0",
     long_description=Path("README.md").read_text() if Path("README.md").exists() else cfg["description"],
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["spectral_nb"]),
+    packages=find_packages(include=["spectral_nb", "spectral_nb.*"]),
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("dev", "bench")},
-    entry_points={"console_scripts": cfg.get("console_scripts", "").split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg.get("console_scripts", "").split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
+    },
     zip_safe=False,
 )

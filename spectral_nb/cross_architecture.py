@@ -16,17 +16,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .bigrams import natural_bigrams, synthetic_bigrams
-from .causal import evaluate
-from .core import check_float, check_in, check_int, reference_dir, repo_root
-from .grammar import sample_stories
-from .integrity import check_revisions
-from .models import ArchSpec, list_models, list_revisions, load_model, model_info, revision_tokens
-from .participation import head_participation
-from .survey import CLASSES, capability_survey, class_stability, expert_participation
-from .survey_claims import ModelSurvey, model_claims, sparsity_claim
-from .survey_rank import bos_share, matched_k, ranking_table, with_classes
-from .survey_screen import removal_curve, screen, screen_ablation
+from .prompts.bigrams import natural_bigrams, synthetic_bigrams
+from .causal.ablation import evaluate
+from .base.checks import check_float, check_in, check_int
+from .base.paths import reference_dir, repo_root
+from .prompts.grammar import sample_stories
+from .models.integrity import check_revisions
+from .models.loading import ArchSpec, list_models, list_revisions, load_model, model_info, revision_tokens
+from .attention.participation import head_participation
+from .survey.classes import CLASSES, capability_survey, class_stability, expert_participation
+from .survey.verdicts import ModelSurvey, model_claims, sparsity_claim
+from .survey.rank import bos_share, matched_k, ranking_table, with_classes
+from .survey.screen import removal_curve, screen, screen_ablation
 
 _all_ = ["capability_survey"]
 
@@ -34,65 +35,88 @@ _all_ = ["capability_survey"]
 @dataclass(frozen=True)
 class CrossArchitectureConfig:
     "What is surveyed. `model_name` is one name or several with spaces; `stories260k` is the reference model."
+
     model_name: str = "story-gpt2-s42 story-neox story-llama story-olmo story-olmoe stories260k"
-    revision: str = ""                  # revision that is classified and ablated; "" is the final one
-    revisions: str = ""                 # revisions of the trajectory, with spaces; "" takes up to `max_revisions` of those with token counts
+    revision: str = ""  # revision that is classified and ablated; "" is the final one
+    revisions: str = (
+        ""  # revisions of the trajectory, with spaces; "" takes up to `max_revisions` of those with token counts
+    )
     max_revisions: int = 8
     processing: str = "folded"
     seed: int = 42
-    n_prompts: int = 128                # of the survey, and of the participation ratios
-    n_ablation: int = 48                # of the ablations
-    length: int = 0                     # tokens of a prompt; 0: 256 or the context
-    text: str = ""                      # file of natural text; "": the model's own kind of text
-    prepend_bos: bool = True            # if the tokenizer has a BOS token
-    vocabulary: str = ""                # random tokens: "", "all" or "100:10000"
-    threshold: float = 30.0             # of a class
+    n_prompts: int = 128  # of the survey, and of the participation ratios
+    n_ablation: int = 48  # of the ablations
+    length: int = 0  # tokens of a prompt; 0: 256 or the context
+    text: str = ""  # file of natural text; "": the model's own kind of text
+    prepend_bos: bool = True  # if the tokenizer has a BOS token
+    vocabulary: str = ""  # random tokens: "", "all" or "100:10000"
+    threshold: float = 30.0  # of a class
     screen_threshold: float = 50.0
     n_draws: int = 20
-    include_flagged: bool = False       # use revisions whose files are faulty
+    include_flagged: bool = False  # use revisions whose files are faulty
     dtype: str = "float32"
 
     def __post_init__(self):
         check_in("processing", self.processing, ("folded", "raw"))
-        if not isinstance(self.model_name, str) or not self.model_name.split(): raise ValueError(f"model_name={self.model_name!r} names no model")
+        if not isinstance(self.model_name, str) or not self.model_name.split():
+            raise ValueError(f"model_name={self.model_name!r} names no model")
         least = {"seed": 0, "n_prompts": 8, "n_ablation": 8, "n_draws": 1, "max_revisions": 2, "length": 0}
-        for name, low in least.items(): check_int(name, getattr(self, name), low)
+        for name, low in least.items():
+            check_int(name, getattr(self, name), low)
         check_float("threshold", self.threshold, 0), check_float("screen_threshold", self.screen_threshold, 0)
-        if 0 < self.length < 16: raise ValueError(f"length={self.length} is too short for six classes and a baseline: at least 16, or 0 for the context")
+        if 0 < self.length < 16:
+            raise ValueError(
+                f"length={self.length} is too short for six classes and a baseline: at least 16, or 0 for the context"
+            )
         self.token_ids()
 
     def token_ids(self):
         "The `vocabulary` as `synthetic_bigrams` takes it."
-        if self.vocabulary in ("", "all"): return self.vocabulary or None
+        if self.vocabulary in ("", "all"):
+            return self.vocabulary or None
         low, _, high = self.vocabulary.partition(":")
-        if not (low.isdigit() and high.isdigit()): raise ValueError(f"vocabulary={self.vocabulary!r} must be '', 'all' or a range such as '100:10000'")
+        if not (low.isdigit() and high.isdigit()):
+            raise ValueError(f"vocabulary={self.vocabulary!r} must be '', 'all' or a range such as '100:10000'")
         return range(int(low), int(high))
 
 # %% ../nbs/14_cross_architecture.ipynb #14-008
 def model_source(name: str) -> str | Path:
     "Name or folder to load; FileNotFoundError where the reference model is absent."
-    if name != "stories260k": return name
-    if reference_dir() is None: raise FileNotFoundError("stories260k: no reference data beside this checkout (set SPECTRAL_NB_REFERENCE to its folder)")
+    if name != "stories260k":
+        return name
+    if reference_dir() is None:
+        raise FileNotFoundError(
+            "stories260k: no reference data beside this checkout (set SPECTRAL_NB_REFERENCE to its folder)"
+        )
     return reference_dir() / name
 
 
 def natural_source(name: str, cfg: CrossArchitectureConfig) -> str | Path | None:
     "Natural text for a model: a file or the text itself; None where there is none."
-    if cfg.text: return Path(cfg.text) if Path(cfg.text).is_file() else repo_root() / cfg.text
-    if name in list_models(): return "\n\n".join(sample_stories(np.random.default_rng(cfg.seed), 1200, 60))
-    if reference_dir() is None: return None
+    if cfg.text:
+        return Path(cfg.text) if Path(cfg.text).is_file() else repo_root() / cfg.text
+    if name in list_models():
+        return "\n\n".join(sample_stories(np.random.default_rng(cfg.seed), 1200, 60))
+    if reference_dir() is None:
+        return None
     return reference_dir() / ("stories260k/stories.txt" if name == "stories260k" else "text/tinyshakespeare.txt")
 
 
 def make_batches(name: str, model, cfg: CrossArchitectureConfig) -> dict:
     "Synthetic and natural prompts: name -> (batch of the survey, batch of the ablation)."
     common = dict(length=cfg.length or None, prepend_bos=None if cfg.prepend_bos else False)
-    batches = {"synthetic": [synthetic_bigrams(model, n, vocabulary=cfg.token_ids(), seed=seed, **common)
-                             for n, seed in ((cfg.n_prompts, cfg.seed), (cfg.n_ablation, cfg.seed + 1))]}
+    batches = {
+        "synthetic": [
+            synthetic_bigrams(model, n, vocabulary=cfg.token_ids(), seed=seed, **common)
+            for n, seed in ((cfg.n_prompts, cfg.seed), (cfg.n_ablation, cfg.seed + 1))
+        ]
+    }
     text = natural_source(name, cfg)
-    if text is None: return batches
+    if text is None:
+        return batches
     found = natural_bigrams(model, text, cfg.n_prompts + cfg.n_ablation, seed=cfg.seed, **common)
-    if len(found) < 16: raise ValueError(f"text: only {len(found)} windows hold a repeated bigram; at least 16 are needed")
+    if len(found) < 16:
+        raise ValueError(f"text: only {len(found)} windows hold a repeated bigram; at least 16 are needed")
     batches["natural"] = list(found.split(min(cfg.n_prompts, len(found) * 2 // 3)))
     return batches
 
@@ -104,9 +128,10 @@ def usable_revisions(name: str, cfg: CrossArchitectureConfig) -> pd.DataFrame:
     if given is None:
         counts = revision_tokens(source)
         given = [r for r in list_revisions(source) if counts[r] is not None]
-    if len(given) < 2: return pd.DataFrame(columns=["revision", "step", "tokens", "fault", "used"])
+    if len(given) < 2:
+        return pd.DataFrame(columns=["revision", "step", "tokens", "fault", "used"])
     table = check_revisions(source, given, include_flagged=cfg.include_flagged)
-    if not cfg.revisions and table["used"].sum() > cfg.max_revisions:                       # evenly over log tokens, first and last kept
+    if not cfg.revisions and table["used"].sum() > cfg.max_revisions:  # evenly over log tokens, first and last kept
         seen = table[table["used"] & (table["tokens"] > 0)]
         wanted = np.geomspace(seen["tokens"].min(), seen["tokens"].max(), cfg.max_revisions)
         near = {seen["revision"].iloc[int(np.argmin(np.abs(np.log(seen["tokens"].astype(float) / w))))] for w in wanted}
@@ -119,8 +144,14 @@ def pr_trajectory(name: str, revisions: Sequence[str], cfg: CrossArchitectureCon
     out = []
     for r in revisions:
         model = load_model(model_source(name), r, processing=cfg.processing, dtype=cfg.dtype)
-        batch = synthetic_bigrams(model, max(cfg.n_prompts, model.cfg.d_head), length=cfg.length or None, vocabulary=cfg.token_ids(),
-                                  prepend_bos=None if cfg.prepend_bos else False, seed=cfg.seed)
+        batch = synthetic_bigrams(
+            model,
+            max(cfg.n_prompts, model.cfg.d_head),
+            length=cfg.length or None,
+            vocabulary=cfg.token_ids(),
+            prepend_bos=None if cfg.prepend_bos else False,
+            seed=cfg.seed,
+        )
         out.append(head_participation(model, batch, batch_size=128).numpy())
         del model
     return np.stack(out, axis=-1)
@@ -129,18 +160,20 @@ def pr_trajectory(name: str, revisions: Sequence[str], cfg: CrossArchitectureCon
 @dataclass
 class Surveyed:
     "One model's tables with what identifies it."
+
     survey: ModelSurvey
     revisions: pd.DataFrame
     info: object
     experts: pd.DataFrame | None = None
-    accuracy: dict = field(default_factory=dict)     # batch -> top-1 of the survey's batch
+    accuracy: dict = field(default_factory=dict)  # batch -> top-1 of the survey's batch
 
 
 def head_sets(m: ModelSurvey) -> dict[str, list[tuple[int, int]]]:
     "The sets of heads that are removed."
     sets = {"screen": m.screened}
     null = screen(m.surveys["synthetic"], threshold="null")
-    if set(null) != set(m.screened) and len(null) <= len(m.surveys["synthetic"]) // 2: sets["null"] = null
+    if set(null) != set(m.screened) and len(null) <= len(m.surveys["synthetic"]) // 2:
+        sets["null"] = null
     if m.classed is not None:
         first = m.classed.nsmallest(matched_k(len(m.classed)), "rank")
         sets["integral"] = list(zip(first["layer"].astype(int), first["head"].astype(int)))
@@ -153,7 +186,11 @@ def ablations(model, m: ModelSurvey, batches: dict, cfg: CrossArchitectureConfig
     for name, heads in sets.items():
         places = ["synthetic"] + ["natural"] * (name == "screen" or (name == "null" and "screen" not in sets))
         for where in [p for p in places if p in batches]:
-            parts.append(screen_ablation(model, batches[where][1], heads, n_draws=cfg.n_draws, seed=cfg.seed).assign(set=name, measured_on=where))
+            parts.append(
+                screen_ablation(model, batches[where][1], heads, n_draws=cfg.n_draws, seed=cfg.seed).assign(
+                    set=name, measured_on=where
+                )
+            )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -164,14 +201,22 @@ def survey_model(name: str, cfg: CrossArchitectureConfig) -> Surveyed:
     surveys = {k: capability_survey(model, b[0], threshold=cfg.threshold, seed=cfg.seed) for k, b in batches.items()}
     m = ModelSurvey(name, surveys, screen(surveys["synthetic"], threshold=cfg.screen_threshold))
     last = batches["synthetic"][0].tokens.shape[1] - 1
-    m.stability = class_stability(model, batches["synthetic"][0], sorted({max(6, last * j // 5) for j in range(1, 6)}), threshold=cfg.threshold, seed=cfg.seed)
+    m.stability = class_stability(
+        model,
+        batches["synthetic"][0],
+        sorted({max(6, last * j // 5) for j in range(1, 6)}),
+        threshold=cfg.threshold,
+        seed=cfg.seed,
+    )
     table = usable_revisions(name, cfg)
     used = table[table["used"]]
     if len(used) >= 2:
         m.pr, m.tokens = pr_trajectory(name, list(used["revision"]), cfg), list(used["tokens"])
         m.classed = with_classes(ranking_table(m.pr, m.tokens), surveys["synthetic"])
     m.ablation = ablations(model, m, batches, cfg)
-    m.curve = removal_curve(model, batches["synthetic"][1], surveys["synthetic"], max_heads=min(6, len(surveys["synthetic"])))
+    m.curve = removal_curve(
+        model, batches["synthetic"][1], surveys["synthetic"], max_heads=min(6, len(surveys["synthetic"]))
+    )
     experts = expert_participation(model, batches["synthetic"][0]) if ArchSpec.from_model(model).n_experts else None
     top1 = {k: float(evaluate(model, b[0], "accuracy").mean()) for k, b in batches.items()}
     return Surveyed(m, table, model_info(model), experts, top1)
@@ -181,9 +226,12 @@ def survey_models(cfg: CrossArchitectureConfig, skipped: dict | None = None) -> 
     "Every model of the config; one whose files are absent is left out and its reason put into `skipped`. FileNotFoundError if none is there."
     out, why = [], {} if skipped is None else skipped
     for name in cfg.model_name.replace(",", " ").split():
-        try: out.append(survey_model(name, cfg))
-        except FileNotFoundError as e: why[name] = str(e)
-    if not out: raise FileNotFoundError("; ".join(why.values()))
+        try:
+            out.append(survey_model(name, cfg))
+        except FileNotFoundError as e:
+            why[name] = str(e)
+    if not out:
+        raise FileNotFoundError("; ".join(why.values()))
     return out
 
 
@@ -192,8 +240,16 @@ def head_table(surveyed: Sequence[Surveyed]) -> pd.DataFrame:
     parts = []
     for s in surveyed:
         for batch, t in s.survey.surveys.items():
-            parts.append(t.assign(model=s.info.name if "/" not in s.info.name else s.survey.name, revision=s.info.revision, tokens=s.info.tokens,
-                                  processing=s.info.processing, batch=batch, null_p99=t.attrs["null_p99"]))
+            parts.append(
+                t.assign(
+                    model=s.info.name if "/" not in s.info.name else s.survey.name,
+                    revision=s.info.revision,
+                    tokens=s.info.tokens,
+                    processing=s.info.processing,
+                    batch=batch,
+                    null_p99=t.attrs["null_p99"],
+                )
+            )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -207,18 +263,52 @@ def long_table(surveyed: Sequence[Surveyed]) -> pd.DataFrame:
         m, common = s.survey, dict(processing=s.info.processing, model=s.survey.name)
         for j, row in enumerate(s.revisions[s.revisions["used"]].itertuples() if m.pr is not None else ()):
             layer, head = (a.reshape(-1) for a in np.indices(m.pr.shape[:2]))
-            parts.append(pd.DataFrame({"revision": row.revision, "tokens": row.tokens, "batch": "synthetic", "layer": layer, "head": head,
-                                       "metric": "participation_ratio", "value": m.pr[..., j].reshape(-1), **common}))
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "revision": row.revision,
+                        "tokens": row.tokens,
+                        "batch": "synthetic",
+                        "layer": layer,
+                        "head": head,
+                        "metric": "participation_ratio",
+                        "value": m.pr[..., j].reshape(-1),
+                        **common,
+                    }
+                )
+            )
         if not m.ablation.empty:
-            t, names = m.ablation, "ablation_" + m.ablation["set"] + "_" + m.ablation["condition"].str.replace(" ", "_") + "_" + m.ablation["metric"]
-            parts.append(pd.DataFrame({"revision": s.info.revision, "tokens": s.info.tokens, "batch": t["measured_on"], "layer": -1, "head": -1,
-                                       "metric": names, "value": t["effect"], **common}))
+            t, names = (
+                m.ablation,
+                "ablation_"
+                + m.ablation["set"]
+                + "_"
+                + m.ablation["condition"].str.replace(" ", "_")
+                + "_"
+                + m.ablation["metric"],
+            )
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "revision": s.info.revision,
+                        "tokens": s.info.tokens,
+                        "batch": t["measured_on"],
+                        "layer": -1,
+                        "head": -1,
+                        "metric": names,
+                        "value": t["effect"],
+                        **common,
+                    }
+                )
+            )
     return pd.concat([p.astype({"tokens": "float64"}) for p in parts], ignore_index=True)[[*ids, "metric", "value"]]
 
 
 def claims(surveyed: Sequence[Surveyed]) -> pd.DataFrame:
     "Every claim for every model, and those that compare models."
-    shares = pd.DataFrame([{"model": s.survey.name, **bos_share(s.survey.surveys["synthetic"]).iloc[0]} for s in surveyed])
+    shares = pd.DataFrame(
+        [{"model": s.survey.name, **bos_share(s.survey.surveys["synthetic"]).iloc[0]} for s in surveyed]
+    )
     parts = [model_claims(s.survey) for s in surveyed] + [sparsity_claim(shares, "story-olmo", "story-olmoe")]
     table = pd.concat(parts, ignore_index=True)
     return table[["model", *[c for c in table.columns if c != "model"]]]
@@ -229,87 +319,149 @@ def run(cfg: CrossArchitectureConfig) -> pd.DataFrame:
     return long_table(survey_models(cfg))
 
 # %% ../nbs/14_cross_architecture.ipynb #14-017
-CLASS_COLORS = dict(zip((*CLASSES, "unclassified"), ("#D55E00", "#0072B2", "#CC79A7", "#000000", "#009E73", "#56B4E9", "#CCCCCC")))
+CLASS_COLORS = dict(
+    zip((*CLASSES, "unclassified"), ("#D55E00", "#0072B2", "#CC79A7", "#000000", "#009E73", "#56B4E9", "#CCCCCC"))
+)
 
 
 def plot_class_shares(surveyed: Sequence[Surveyed]):
     "Share of the heads in each class, one bar per model and batch."
-    from spectral_nb.plots import figure
-    rows = [(f"{s.survey.name}\n{b}", t["class"].value_counts(normalize=True)) for s in surveyed for b, t in s.survey.surveys.items()]
+    from spectral_nb.base.plots import figure
+
+    rows = [
+        (f"{s.survey.name}\n{b}", t["class"].value_counts(normalize=True))
+        for s in surveyed
+        for b, t in s.survey.surveys.items()
+    ]
     fig, ax = figure(width=9, height=0.36 * len(rows) + 1)
     left = np.zeros(len(rows))
     for name, color in CLASS_COLORS.items():
         width = np.array([shares.get(name, 0.0) for _, shares in rows])
-        if width.any(): ax.barh(range(len(rows)), width, left=left, color=color, label=name.replace("_", " "))
+        if width.any():
+            ax.barh(range(len(rows)), width, left=left, color=color, label=name.replace("_", " "))
         left += width
-    ax.set_yticks(range(len(rows)), [n.replace("\n", ", ") for n, _ in rows]); ax.invert_yaxis(); ax.set_xlim(0, 1)
-    ax.set_xlabel("share of the heads"); ax.grid(False, axis="y"); ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_yticks(range(len(rows)), [n.replace("\n", ", ") for n, _ in rows])
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("share of the heads")
+    ax.grid(False, axis="y")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 
 def plot_integrals(surveyed: Sequence[Surveyed]):
     "Sorted PR integrals of each model over rank / number of heads, coloured by class, with the elbow."
-    from spectral_nb.participation import elbow
-    from spectral_nb.plots import figure
+    from spectral_nb.attention.participation import elbow
+    from spectral_nb.base.plots import figure
+
     ranked = [s for s in surveyed if s.survey.classed is not None]
     fig, axes = figure(1, max(len(ranked), 1), width=2.4 * max(len(ranked), 2), height=2.8, sharey=False, squeeze=False)
     for ax, s in zip(axes[0], ranked):
         c = s.survey.classed
         ax.plot(c["rank"], c["integral"], color="#999999", linewidth=1, zorder=1)
-        ax.scatter(c["rank"], c["integral"], c=[CLASS_COLORS[k] for k in c["class"]], edgecolor="black", linewidth=0.4, s=30, zorder=2)
+        ax.scatter(
+            c["rank"],
+            c["integral"],
+            c=[CLASS_COLORS[k] for k in c["class"]],
+            edgecolor="black",
+            linewidth=0.4,
+            s=30,
+            zorder=2,
+        )
         for h in c[[(r.layer, r.head) in s.survey.screened for r in c.itertuples()]].itertuples():
-            ax.annotate(f"L{h.layer}H{h.head}", (h.rank, h.integral), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            ax.annotate(
+                f"L{h.layer}H{h.head}", (h.rank, h.integral), xytext=(4, 4), textcoords="offset points", fontsize=8
+            )
         ax.axvline(elbow(c["integral"])[0] + 0.5, color="#D55E00", linestyle=":", linewidth=1.2)
-        ax.set_title(s.survey.name); ax.set_xlabel("rank")
+        ax.set_title(s.survey.name)
+        ax.set_xlabel("rank")
     axes[0][0].set_ylabel("PR integral")
     return fig
 
 
 def plot_precision(surveyed: Sequence[Surveyed], published: pd.DataFrame | None = None):
     "Precision at k against k as a share of the heads; published curves dashed."
-    from spectral_nb.plots import COLORS, figure
-    from spectral_nb.survey_rank import precision_at_k
+    from spectral_nb.base.plots import COLORS, figure
+    from spectral_nb.survey.rank import precision_at_k
+
     fig, ax = figure(width=6.5, height=3.4)
     for i, s in enumerate(x for x in surveyed if x.survey.classed is not None):
         c = s.survey.classed
         t = precision_at_k(c, range(1, len(c) + 1))
         ax.plot(t["k"] / len(c), t["precision"], "o-", color=COLORS[i % len(COLORS)], label=s.survey.name)
-    for column, n in (("karpathy_124m", 144), ("pythia_160m", 144), ("pythia_410m", 384)) if published is not None else ():
+    for column, n in (
+        (("karpathy_124m", 144), ("pythia_160m", 144), ("pythia_410m", 384)) if published is not None else ()
+    ):
         t = published.dropna(subset=[column])
         ax.plot(t["k"] / n, t[column], "--", color="#777777", linewidth=1, label="published" if n == 384 else None)
     ax.axvline(0.18, color="#999999", linestyle=":", linewidth=1)
-    ax.set_xlabel("k / number of heads"); ax.set_ylabel("share with a class"); ax.set_ylim(-0.03, 1.05)
+    ax.set_xlabel("k / number of heads")
+    ax.set_ylabel("share with a class")
+    ax.set_ylim(-0.03, 1.05)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
 
 # %% ../nbs/14_cross_architecture.ipynb #14-018
 def plot_bos_layers(surveyed: Sequence[Surveyed]):
     "Share of BOS heads by layer with Wilson intervals, synthetic and natural."
-    from spectral_nb.plots import COLORS, figure
+    from spectral_nb.base.plots import COLORS, figure
+
     fig, axes = figure(1, len(surveyed), width=1.9 * max(len(surveyed), 2), height=2.5, sharey=True, squeeze=False)
     for ax, s in zip(axes[0], surveyed):
         for i, (batch, t) in enumerate(s.survey.surveys.items()):
             b = bos_share(t, by="layer")
             at = b["layer"] + 0.14 * (i - 0.5)
-            ax.errorbar(at, b["share"], [b["share"] - b["ci_low"], b["ci_high"] - b["share"]], fmt="o", color=COLORS[i], capsize=2, label=batch)
-        ax.set_title(s.survey.name, fontsize=9); ax.set_xlabel("layer"); ax.set_xticks(sorted(b["layer"])); ax.set_ylim(-0.05, 1.05)
-    axes[0][0].set_ylabel("share of first-token heads"); axes[0][0].legend(loc="upper left", fontsize=8)
+            ax.errorbar(
+                at,
+                b["share"],
+                [b["share"] - b["ci_low"], b["ci_high"] - b["share"]],
+                fmt="o",
+                color=COLORS[i],
+                capsize=2,
+                label=batch,
+            )
+        ax.set_title(s.survey.name, fontsize=9)
+        ax.set_xlabel("layer")
+        ax.set_xticks(sorted(b["layer"]))
+        ax.set_ylim(-0.05, 1.05)
+    axes[0][0].set_ylabel("share of first-token heads")
+    axes[0][0].legend(loc="upper left", fontsize=8)
     return fig
 
 
 def plot_ablations(surveyed: Sequence[Surveyed], metric: str = "top1"):
     "Top-1 without each set beside its random sets: one row per model, batch and set; the baseline as a bar mark."
-    from spectral_nb.plots import COLORS, figure
-    rows = [(s.survey.name, key, t[t["metric"] == metric]) for s in surveyed if not s.survey.ablation.empty
-            for key, t in s.survey.ablation.groupby(["measured_on", "set"], sort=False)]
+    from spectral_nb.base.plots import COLORS, figure
+
+    rows = [
+        (s.survey.name, key, t[t["metric"] == metric])
+        for s in surveyed
+        if not s.survey.ablation.empty
+        for key, t in s.survey.ablation.groupby(["measured_on", "set"], sort=False)
+    ]
     fig, ax = figure(width=7.5, height=0.34 * len(rows) + 1)
     for y, (_, _, t) in enumerate(rows):
-        for condition, color, marker, label in (("draw", COLORS[0], "o", "random, same layers"), ("draw elsewhere", COLORS[5], "o", "random, any layer"),
-                                                ("set", COLORS[1], "D", "the set"), ("baseline", "black", "|", "nothing removed")):
+        for condition, color, marker, label in (
+            ("draw", COLORS[0], "o", "random, same layers"),
+            ("draw elsewhere", COLORS[5], "o", "random, any layer"),
+            ("set", COLORS[1], "D", "the set"),
+            ("baseline", "black", "|", "nothing removed"),
+        ):
             v = t[t["condition"] == condition]["value"]
-            ax.plot(v, [y] * len(v), marker, color=color, markersize=12 if marker == "|" else 5, alpha=0.5 if marker == "o" else 1, label=label)
-    ax.set_yticks(range(len(rows)), [f"{n}: {k[1]}, {k[0]} ({t['n_heads'].iloc[0]})" for n, k, t in rows]); ax.invert_yaxis()
-    ax.set_xlabel("top-1 accuracy"); ax.grid(False, axis="y"); ax.set_xlim(-0.03, 1.03)
+            ax.plot(
+                v,
+                [y] * len(v),
+                marker,
+                color=color,
+                markersize=12 if marker == "|" else 5,
+                alpha=0.5 if marker == "o" else 1,
+                label=label,
+            )
+    ax.set_yticks(range(len(rows)), [f"{n}: {k[1]}, {k[0]} ({t['n_heads'].iloc[0]})" for n, k, t in rows])
+    ax.invert_yaxis()
+    ax.set_xlabel("top-1 accuracy")
+    ax.grid(False, axis="y")
+    ax.set_xlim(-0.03, 1.03)
     handles = {label: h for h, label in zip(*ax.get_legend_handles_labels())}
     ax.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
@@ -318,13 +470,19 @@ def plot_ablations(surveyed: Sequence[Surveyed], metric: str = "top1"):
 def plot_claim_matrix(table: pd.DataFrame):
     "Claims by models: holds, does not hold, or cannot be asked."
     from matplotlib.colors import ListedColormap
-    from spectral_nb.plots import figure
+    from spectral_nb.base.plots import figure
+
     one = table[table["model"] != "all"]
-    grid = one.pivot(index="claim", columns="model", values="holds").reindex(index=one["claim"].unique(), columns=one["model"].unique())
+    grid = one.pivot(index="claim", columns="model", values="holds").reindex(
+        index=one["claim"].unique(), columns=one["model"].unique()
+    )
     codes = grid.map(lambda v: 2 if pd.isna(v) else int(v)).to_numpy(int)
     fig, ax = figure(width=1.2 * codes.shape[1] + 3.2, height=0.27 * len(grid) + 1.1)
     ax.imshow(codes, cmap=ListedColormap(["#D55E00", "#009E73", "#EEEEEE"]), vmin=0, vmax=2, aspect="auto")
-    for (i, j), v in np.ndenumerate(codes): ax.text(j, i, ("no", "yes", "")[v], ha="center", va="center", fontsize=8, color="white")
-    ax.set_xticks(range(codes.shape[1]), grid.columns, rotation=30, ha="left"); ax.xaxis.tick_top()
-    ax.set_yticks(range(len(grid)), grid.index); ax.grid(False)
+    for (i, j), v in np.ndenumerate(codes):
+        ax.text(j, i, ("no", "yes", "")[v], ha="center", va="center", fontsize=8, color="white")
+    ax.set_xticks(range(codes.shape[1]), grid.columns, rotation=30, ha="left")
+    ax.xaxis.tick_top()
+    ax.set_yticks(range(len(grid)), grid.index)
+    ax.grid(False)
     return fig

@@ -15,17 +15,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .checkpoints import list_revisions, revision_steps
-from .circuit_norms import r_norm
-from .core import check_in, check_int, repo_root
-from .intervals import Interval, bootstrap_ci, claims_table
-from .models import ModelInfo, load_model, model_info
-from .residuals import (StreamNorms, addition_table, bound_table, growth, growth_factors, log_norms, measure_stream, norm_table,
-                                   parse_layers)
-from .streamed_norms import norm_matrix, weight_norms
-from .tasks import TASKS, make_batch
-from .trajectory import Circuit, choose_circuit, circuit_report, head_table
-from .weight_theories import theory_responses, theory_table, weight_growth
+from .models.checkpoints import list_revisions, revision_steps
+from .norms.circuit_norms import r_norm
+from .base.checks import check_in, check_int
+from .base.paths import repo_root
+from .base.intervals import Interval, bootstrap_ci, claims_table
+from .models.loading import ModelInfo, load_model, model_info
+from spectral_nb.norms.stream import (
+    StreamNorms,
+    addition_table,
+    bound_table,
+    growth,
+    growth_factors,
+    log_norms,
+    measure_stream,
+    norm_table,
+    parse_layers,
+)
+from .norms.weights import norm_matrix, weight_norms
+from .prompts.tasks import TASKS, make_batch
+from .norms.circuits import Circuit, choose_circuit, circuit_report, head_table
+from .norms.theories import theory_responses, theory_table, weight_growth
 
 _all_ = ["r_norm", "weight_norms"]
 
@@ -33,37 +43,52 @@ _all_ = ["r_norm", "weight_norms"]
 @dataclass(frozen=True)
 class NormGrowthConfig:
     "What is measured, on what. `texts` is a file (relative to the repository) for task `text`; empty: stories of the grammar."
+
     model_name: str = "story-gpt2-s42"
-    revision: str = ""                       # "" is the final checkpoint
+    revision: str = ""  # "" is the final checkpoint
     processing: str = "folded"
-    task: str = "text"                       # prompts whose stream is measured
+    task: str = "text"  # prompts whose stream is measured
     texts: str = ""
     n_prompts: int = 128
-    layers: str = "all"                      # range of the growth rate, such as "5:41"
+    layers: str = "all"  # range of the growth rate, such as "5:41"
     circuit_tasks: str = "ioi sva retrieval"
-    n_random: int = 256                      # random inputs a layer
+    n_random: int = 256  # random inputs a layer
     seed: int = 0
 
     def __post_init__(self):
         check_in("processing", self.processing, ("folded", "raw"))
         check_in("task", self.task, TASKS)
         for field in ("model_name", "revision", "texts", "layers", "circuit_tasks"):
-            if not isinstance(getattr(self, field), str): raise TypeError(f"{field} must be a string, got {getattr(self, field)!r}")
-        check_int("n_prompts", self.n_prompts, 2), check_int("n_random", self.n_random, 2), check_int("seed", self.seed, 0)
-        if self.texts and self.task != "text": raise ValueError(f"texts={self.texts!r} is for task='text', not {self.task!r}")
-        if self.layers != "all": parse_layers(self.layers, 10_000)
+            if not isinstance(getattr(self, field), str):
+                raise TypeError(f"{field} must be a string, got {getattr(self, field)!r}")
+        (
+            check_int("n_prompts", self.n_prompts, 2),
+            check_int("n_random", self.n_random, 2),
+            check_int("seed", self.seed, 0),
+        )
+        if self.texts and self.task != "text":
+            raise ValueError(f"texts={self.texts!r} is for task='text', not {self.task!r}")
+        if self.layers != "all":
+            parse_layers(self.layers, 10_000)
 
     @property
     def source(self) -> str:
         "`model_name`, or the folder of that name relative to the repository, wherever the notebook runs."
         folder = repo_root() / self.model_name
-        return str(folder.resolve()) if self.model_name.startswith(".") and not Path(self.model_name).is_dir() and folder.is_dir() else self.model_name
+        return (
+            str(folder.resolve())
+            if self.model_name.startswith(".") and not Path(self.model_name).is_dir() and folder.is_dir()
+            else self.model_name
+        )
 
     def batch(self, model: Any) -> Any:
         "Prompts of the task for a model."
-        if not self.texts: return make_batch(self.task, model, self.n_prompts, seed=self.seed)
+        if not self.texts:
+            return make_batch(self.task, model, self.n_prompts, seed=self.seed)
         path = Path(self.texts)
-        return make_batch("text", model, self.n_prompts, seed=self.seed, texts=path if path.is_file() else repo_root() / path)
+        return make_batch(
+            "text", model, self.n_prompts, seed=self.seed, texts=path if path.is_file() else repo_root() / path
+        )
 
 # %% ../nbs/10_norm_growth.ipynb #10-013
 def growth_table(stream: StreamNorms, layers: str = "all", seed: int = 0) -> pd.DataFrame:
@@ -71,39 +96,60 @@ def growth_table(stream: StreamNorms, layers: str = "all", seed: int = 0) -> pd.
     low, high = parse_layers(layers, stream.n_layers)
     rows = []
     for point in ("stream", "attn_out", "mlp_out"):
-        if point != "stream" and stream.n_layers < 2: continue
+        if point != "stream" and stream.n_layers < 2:
+            continue
         span = (low, high) if point == "stream" else (min(low, stream.n_layers - 2), min(high, stream.n_layers - 1))
         g = growth(log_norms(stream, point), span, seed=seed)
-        rows.append(dict(point=point, first=span[0], last=span[1], rate=g.rate.estimate, low=g.rate.low, high=g.rate.high, slope=g.slope.estimate,
-                         curvature=g.curvature.estimate, curvature_low=g.curvature.low, curvature_high=g.curvature.high, shape=g.shape))
+        rows.append(
+            dict(
+                point=point,
+                first=span[0],
+                last=span[1],
+                rate=g.rate.estimate,
+                low=g.rate.low,
+                high=g.rate.high,
+                slope=g.slope.estimate,
+                curvature=g.curvature.estimate,
+                curvature_low=g.curvature.low,
+                curvature_high=g.curvature.high,
+                shape=g.shape,
+            )
+        )
     return pd.DataFrame(rows)
 
 
 @dataclass(frozen=True)
 class Measurement:
     "Everything measured of one model."
+
     config: NormGrowthConfig
     info: ModelInfo
     stream: StreamNorms
     responses: dict[tuple[str, str], np.ndarray]
     weights: pd.DataFrame
     circuits: list[Circuit]
-    skipped: dict[str, str]                  # task -> why it has no circuit
-    words: list[str]                         # of the first prompt
+    skipped: dict[str, str]  # task -> why it has no circuit
+    words: list[str]  # of the first prompt
 
     @cached_property
-    def growth(self) -> pd.DataFrame: return growth_table(self.stream, self.config.layers, self.config.seed)
+    def growth(self) -> pd.DataFrame:
+        return growth_table(self.stream, self.config.layers, self.config.seed)
 
     @cached_property
     def theories(self) -> pd.DataFrame:
-        if self.stream.n_layers < 2: return pd.DataFrame(columns=["quantity", "source", "rate", "low", "high"])
-        return theory_table(self.responses, tuple(self.growth.query("point == 'attn_out'")[["first", "last"]].iloc[0]), self.config.seed)
+        if self.stream.n_layers < 2:
+            return pd.DataFrame(columns=["quantity", "source", "rate", "low", "high"])
+        return theory_table(
+            self.responses, tuple(self.growth.query("point == 'attn_out'")[["first", "last"]].iloc[0]), self.config.seed
+        )
 
     @cached_property
-    def report(self) -> pd.DataFrame: return circuit_report(self.weights, self.circuits, self.config.seed)
+    def report(self) -> pd.DataFrame:
+        return circuit_report(self.weights, self.circuits, self.config.seed)
 
     @cached_property
-    def heads(self) -> pd.DataFrame: return head_table(self.weights, self.circuits)
+    def heads(self) -> pd.DataFrame:
+        return head_table(self.weights, self.circuits)
 
 
 def measure(cfg: NormGrowthConfig) -> Measurement:
@@ -114,15 +160,40 @@ def measure(cfg: NormGrowthConfig) -> Measurement:
     parse_layers(cfg.layers, stream.n_layers)
     circuits, skipped = [], {}
     for task in cfg.circuit_tasks.replace(",", " ").split():
-        try: circuits.append(choose_circuit(cfg.source, task, cfg.revision or None, seed=cfg.seed, loaded=model))
-        except ValueError as e: skipped[task] = str(e)
-    words = model.tokenizer.convert_ids_to_tokens(batch.tokens[0, :int(batch.lengths[0])].tolist())
-    return Measurement(cfg, model_info(model), stream, theory_responses(model, batch, stream, cfg.n_random, cfg.seed), weight_norms(model),
-                       circuits, skipped, words)
+        try:
+            circuits.append(choose_circuit(cfg.source, task, cfg.revision or None, seed=cfg.seed, loaded=model))
+        except ValueError as e:
+            skipped[task] = str(e)
+    words = model.tokenizer.convert_ids_to_tokens(batch.tokens[0, : int(batch.lengths[0])].tolist())
+    return Measurement(
+        cfg,
+        model_info(model),
+        stream,
+        theory_responses(model, batch, stream, cfg.n_random, cfg.seed),
+        weight_norms(model),
+        circuits,
+        skipped,
+        words,
+    )
 
 # %% ../nbs/10_norm_growth.ipynb #10-015
-LONG = ["model", "revision", "step", "tokens", "processing", "task", "layer", "head", "expert", "quantity", "position_class", "metric",
-        "value", "low", "high"]
+LONG = [
+    "model",
+    "revision",
+    "step",
+    "tokens",
+    "processing",
+    "task",
+    "layer",
+    "head",
+    "expert",
+    "quantity",
+    "position_class",
+    "metric",
+    "value",
+    "low",
+    "high",
+]
 
 
 def _melt(table: pd.DataFrame, keys: list[str], values: list[str], **more) -> pd.DataFrame:
@@ -131,8 +202,12 @@ def _melt(table: pd.DataFrame, keys: list[str], values: list[str], **more) -> pd
 
 def _stamp(parts: list[pd.DataFrame], info: ModelInfo) -> pd.DataFrame:
     "Tables joined in the columns `LONG`, with the model's."
-    table = pd.concat([p.reindex(columns=LONG).dropna(axis=1, how="all") for p in parts], ignore_index=True).reindex(columns=LONG)
-    table = table.assign(model=info.name, revision=info.revision, step=info.step, tokens=info.tokens, processing=info.processing)
+    table = pd.concat([p.reindex(columns=LONG).dropna(axis=1, how="all") for p in parts], ignore_index=True).reindex(
+        columns=LONG
+    )
+    table = table.assign(
+        model=info.name, revision=info.revision, step=info.step, tokens=info.tokens, processing=info.processing
+    )
     whole = dict.fromkeys(("step", "tokens", "layer", "head", "expert"), "Int64")
     words = dict.fromkeys(("revision", "task", "position_class", "quantity", "metric"), "string")
     return table.astype(whole | words | dict.fromkeys(("value", "low", "high"), float))
@@ -142,16 +217,36 @@ def long_table(m: Measurement) -> pd.DataFrame:
     "All tables of a measurement in the columns `LONG`; what a row does not have is missing."
     norms = norm_table(m.stream)
     rename = lambda t, **k: t.rename(columns=k)
-    parts = [norms.assign(quantity=norms.point, metric=norms.quantity + "_" + norms.metric),
-             rename(growth_factors(m.stream), mean="value").assign(quantity="stream", metric="growth_factor"),
-             rename(m.growth, point="quantity", rate="value").assign(metric="growth_rate"),
-             m.growth.assign(quantity=m.growth.point, metric="curvature", value=m.growth.curvature, low=m.growth.curvature_low, high=m.growth.curvature_high),
-             _melt(addition_table(m.stream), ["layer"], ["cosine_attn", "cosine_mlp", "independent", "observed", "correlated", "alignment"], quantity="stream"),
-             _melt(bound_table(m.stream), ["layer"], ["violations", "min_slack", "mean_slack"], quantity="stream"),
-             rename(m.theories, rate="value").assign(metric="growth_rate_" + m.theories.source.astype(str) + "_inputs"),
-             rename(m.weights, matrix="quantity"), rename(weight_growth(m.weights), matrix="quantity", rate="value").assign(metric="growth_rate")]
-    if len(m.report): parts.append(_melt(rename(m.report, matrix="quantity"), ["task", "quantity"], ["r_norm", "p", "p_layer", "rho", "rho_p"]))
-    if len(m.heads): parts.append(m.heads.dropna(subset="effect").assign(quantity="head", metric="ablation_effect", value=lambda t: t.effect))
+    parts = [
+        norms.assign(quantity=norms.point, metric=norms.quantity + "_" + norms.metric),
+        rename(growth_factors(m.stream), mean="value").assign(quantity="stream", metric="growth_factor"),
+        rename(m.growth, point="quantity", rate="value").assign(metric="growth_rate"),
+        m.growth.assign(
+            quantity=m.growth.point,
+            metric="curvature",
+            value=m.growth.curvature,
+            low=m.growth.curvature_low,
+            high=m.growth.curvature_high,
+        ),
+        _melt(
+            addition_table(m.stream),
+            ["layer"],
+            ["cosine_attn", "cosine_mlp", "independent", "observed", "correlated", "alignment"],
+            quantity="stream",
+        ),
+        _melt(bound_table(m.stream), ["layer"], ["violations", "min_slack", "mean_slack"], quantity="stream"),
+        rename(m.theories, rate="value").assign(metric="growth_rate_" + m.theories.source.astype(str) + "_inputs"),
+        rename(m.weights, matrix="quantity"),
+        rename(weight_growth(m.weights), matrix="quantity", rate="value").assign(metric="growth_rate"),
+    ]
+    if len(m.report):
+        parts.append(
+            _melt(rename(m.report, matrix="quantity"), ["task", "quantity"], ["r_norm", "p", "p_layer", "rho", "rho_p"])
+        )
+    if len(m.heads):
+        parts.append(
+            m.heads.dropna(subset="effect").assign(quantity="head", metric="ablation_effect", value=lambda t: t.effect)
+        )
     return _stamp(parts, m.info)
 
 
@@ -168,7 +263,11 @@ def checkpoint_table(cfg: NormGrowthConfig, revision: str, circuits: list[Circui
     for product in ("W_OV", "W_QK"):
         norms = norm_matrix(weights, product)
         rows = [dict(quantity=product, metric="mean_spectral", value=norms.mean())]
-        rows += [dict(quantity=product, metric="r_norm", task=c.task, value=r_norm(norms, c.heads)) for c in circuits if c.heads]
+        rows += [
+            dict(quantity=product, metric="r_norm", task=c.task, value=r_norm(norms, c.heads))
+            for c in circuits
+            if c.heads
+        ]
         parts.append(pd.DataFrame(rows))
     return _stamp(parts, model_info(model))
 
@@ -177,7 +276,8 @@ def development(cfg: NormGrowthConfig, n_checkpoints: int = 6, circuits: list[Ci
     "`checkpoint_table` of `n_checkpoints` revisions spread over training; empty for a model with a single one."
     steps = {r: s for r, s in revision_steps(cfg.source).items() if s is not None}
     names = [r for r in list_revisions(cfg.source) if r in steps]
-    if len(names) < 2 or check_int("n_checkpoints", n_checkpoints, 0) == 0: return pd.DataFrame(columns=LONG)
+    if len(names) < 2 or check_int("n_checkpoints", n_checkpoints, 0) == 0:
+        return pd.DataFrame(columns=LONG)
     chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, n_checkpoints).round().astype(int))]
     return pd.concat([checkpoint_table(cfg, revision, circuits) for revision in chosen], ignore_index=True)
 
@@ -188,24 +288,57 @@ def _growth_claims(m: Measurement) -> list[dict]:
     other = m.stream.classes == 0
     aligned = bootstrap_ci([np.mean(m.stream.alignment[:, i][:, other[i]]) for i in range(n)], seed=m.config.seed)
     bound = bound_table(m.stream)
-    return [dict(claim="the stream's norm grows", effect=rate, holds=rate.low > 1, unit="factor a layer", n=n,
-                 published="1.045 (gpt2-xl, layers 5 to 41)"),
-            dict(claim="growth is exponential", effect=curvature, holds=g["shape"] == "exponential", unit="curvature of log norm", n=n,
-                 published="gpt2-xl: yes; gpt2, distilgpt2: faster", note=f"found: {g['shape']}"),
-            dict(claim="outputs point along the stream", effect=aligned, holds=aligned.low > 0, unit="alignment, 0 to 1", n=n),
-            dict(claim="appendix 1: growth is at most (|attn_out| + |mlp_out|) / |resid|", effect=int(bound.violations.sum()),
-                 holds=not bound.violations.any(), unit="violations", n=int(bound.n.sum()), published="none possible")]
+    return [
+        dict(
+            claim="the stream's norm grows",
+            effect=rate,
+            holds=rate.low > 1,
+            unit="factor a layer",
+            n=n,
+            published="1.045 (gpt2-xl, layers 5 to 41)",
+        ),
+        dict(
+            claim="growth is exponential",
+            effect=curvature,
+            holds=g["shape"] == "exponential",
+            unit="curvature of log norm",
+            n=n,
+            published="gpt2-xl: yes; gpt2, distilgpt2: faster",
+            note=f"found: {g['shape']}",
+        ),
+        dict(
+            claim="outputs point along the stream", effect=aligned, holds=aligned.low > 0, unit="alignment, 0 to 1", n=n
+        ),
+        dict(
+            claim="appendix 1: growth is at most (|attn_out| + |mlp_out|) / |resid|",
+            effect=int(bound.violations.sum()),
+            holds=not bound.violations.any(),
+            unit="violations",
+            n=int(bound.n.sum()),
+            published="none possible",
+        ),
+    ]
 
 
 def _theory_claims(m: Measurement) -> list[dict]:
     rows, t = [], m.theories.set_index(["quantity", "source"]) if len(m.theories) else m.theories
     for quantity in ("attn_out", "mlp_out") if len(t) else ():
         r = t.loc[quantity, "gaussian"]
-        rows.append(dict(claim=f"{quantity} grows on gaussian inputs too (theory 1)", effect=Interval(r.rate, r.low, r.high), holds=r.low > 1,
-                         unit="factor a layer", n=m.config.n_random, published="gpt2-xl: yes, at the rate of the real outputs",
-                         note=f"real: {t.loc[quantity, 'real'].rate:.3f}; verdict: {r.verdict}"))
-    for quantity, name, published in (("active", "gaussian inputs activate more neurons than real ones", "about 4 times (gpt2-xl)"),
-                                      ("attn_out", "all heads on one gaussian vector write more than attention does", "about 5 times (gpt2-xl)")):
+        rows.append(
+            dict(
+                claim=f"{quantity} grows on gaussian inputs too (theory 1)",
+                effect=Interval(r.rate, r.low, r.high),
+                holds=r.low > 1,
+                unit="factor a layer",
+                n=m.config.n_random,
+                published="gpt2-xl: yes, at the rate of the real outputs",
+                note=f"real: {t.loc[quantity, 'real'].rate:.3f}; verdict: {r.verdict}",
+            )
+        )
+    for quantity, name, published in (
+        ("active", "gaussian inputs activate more neurons than real ones", "about 4 times (gpt2-xl)"),
+        ("attn_out", "all heads on one gaussian vector write more than attention does", "about 5 times (gpt2-xl)"),
+    ):
         a, b = m.responses[quantity, "gaussian"].mean(0), m.responses[quantity, "real"].mean()
         ratio = bootstrap_ci(a / b, seed=m.config.seed)
         rows.append(dict(claim=name, effect=ratio, holds=ratio.low > 1, unit="ratio", n=len(a), published=published))
@@ -216,13 +349,28 @@ def _circuit_claims(m: Measurement) -> list[dict]:
     rows = []
     for r in m.report.itertuples():
         if pd.notna(r.r_norm):
-            rows.append(dict(claim=f"{r.task}: circuit heads have larger {r.matrix}", effect=Interval(r.r_norm, r.r_norm_low, r.r_norm_high),
-                             holds=bool(r.r_norm > 1.5 and r.p < 0.05), unit="R_norm", n=r.n_heads, published="> 1.5 (B05's band)",
-                             note=f"p = {r.p:.3f}, within layers {r.p_layer:.3f}; random sets {r.null_low:.2f} to {r.null_high:.2f}"))
+            rows.append(
+                dict(
+                    claim=f"{r.task}: circuit heads have larger {r.matrix}",
+                    effect=Interval(r.r_norm, r.r_norm_low, r.r_norm_high),
+                    holds=bool(r.r_norm > 1.5 and r.p < 0.05),
+                    unit="R_norm",
+                    n=r.n_heads,
+                    published="> 1.5 (B05's band)",
+                    note=f"p = {r.p:.3f}, within layers {r.p_layer:.3f}; random sets {r.null_low:.2f} to {r.null_high:.2f}",
+                )
+            )
         if pd.notna(r.rho):
-            rows.append(dict(claim=f"{r.task}: larger {r.matrix} goes with larger causal effect", effect=Interval(r.rho, r.rho_low, r.rho_high),
-                             holds=bool(r.rho_p < 0.05 and r.rho > 0), unit="Spearman's rho over heads", n=int((m.heads.task == r.task).sum()),
-                             note=f"p = {r.rho_p:.3f}"))
+            rows.append(
+                dict(
+                    claim=f"{r.task}: larger {r.matrix} goes with larger causal effect",
+                    effect=Interval(r.rho, r.rho_low, r.rho_high),
+                    holds=bool(r.rho_p < 0.05 and r.rho > 0),
+                    unit="Spearman's rho over heads",
+                    n=int((m.heads.task == r.task).sum()),
+                    note=f"p = {r.rho_p:.3f}",
+                )
+            )
     return rows
 
 
@@ -230,6 +378,14 @@ def claims(m: Measurement, split: Interval | None = None) -> pd.DataFrame:
     "Claims of both sources on one model; `split` is the effect of doubling the heads, from `split_heads.doubling_effect`."
     rows = _growth_claims(m) + _theory_claims(m) + _circuit_claims(m)
     if split is not None:
-        rows.append(dict(claim="more heads at equal width raise the growth rate", effect=split, holds=split.low > 0, unit="factor a layer, per doubling",
-                         published="predicted, not run", note="models trained for this table alone"))
+        rows.append(
+            dict(
+                claim="more heads at equal width raise the growth rate",
+                effect=split,
+                holds=split.low > 0,
+                unit="factor a layer, per doubling",
+                published="predicted, not run",
+                note="models trained for this table alone",
+            )
+        )
     return claims_table(rows)

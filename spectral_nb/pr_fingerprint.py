@@ -14,41 +14,95 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .causal import MODES, AblationResult, Interval, ablation_test, matched_random, reference_outputs, single_heads, wilson
-from .core import check_in, check_int
-from .fingerprint import (SCORES, as_array, codeword_readout, false_positives, finder_scores, head_scores, key_attention,
-                                     ratio_rows, trajectory)
-from .intervals import bootstrap_ci
-from .models import ModelInfo, list_revisions, load_model, model_info
-from .participation import (elbow, fixed_content, head_participation, pick_heads, pr_integral, pr_rise, pr_spread,
-                                       rank_heads, shuffled_positions, transition_step)
-from .seed_stats import (circuit_ratios, condition_effects, dose_response, event_quality, finder_table, gap_lags, layer_shares,
-                                    lead_contrast, lead_times, recurrence, replay_events, seed_false_positives, start_prediction)
-from .seeds import checkpoint_ratios, load_seed_tables, picks_of
-from .tasks import retrieval, text
+from spectral_nb.causal.ablation import (
+    MODES,
+    AblationResult,
+    Interval,
+    ablation_test,
+    matched_random,
+    reference_outputs,
+    single_heads,
+    wilson,
+)
+from .base.checks import check_in, check_int
+from spectral_nb.fingerprint.ratios import (
+    SCORES,
+    as_array,
+    codeword_readout,
+    false_positives,
+    finder_scores,
+    head_scores,
+    key_attention,
+    ratio_rows,
+    trajectory,
+)
+from .base.intervals import bootstrap_ci
+from .models.loading import ModelInfo, list_revisions, load_model, model_info
+from spectral_nb.attention.participation import (
+    elbow,
+    fixed_content,
+    head_participation,
+    pick_heads,
+    pr_integral,
+    pr_rise,
+    pr_spread,
+    rank_heads,
+    shuffled_positions,
+    transition_step,
+)
+from spectral_nb.fingerprint.seed_stats import (
+    circuit_ratios,
+    condition_effects,
+    dose_response,
+    event_quality,
+    finder_table,
+    gap_lags,
+    layer_shares,
+    lead_contrast,
+    lead_times,
+    recurrence,
+    replay_events,
+    seed_false_positives,
+    start_prediction,
+)
+from .fingerprint.seeds import checkpoint_ratios, load_seed_tables, picks_of
+from .prompts.tasks import retrieval, text
 
-_all_ = ["elbow", "head_participation", "pick_heads", "pr_integral", "pr_rise", "pr_spread", "rank_heads", "trajectory", "transition_step"]
+_all_ = [
+    "elbow",
+    "head_participation",
+    "pick_heads",
+    "pr_integral",
+    "pr_rise",
+    "pr_spread",
+    "rank_heads",
+    "trajectory",
+    "transition_step",
+]
 
 # %% ../nbs/13_pr_fingerprint.ipynb #13-005
 @dataclass(frozen=True)
 class FingerprintConfig:
     "Settings of one run; refuses what cannot be run."
+
     model_name: str = "story-gpt2-s42"
-    revision: str = ""              # last checkpoint of the trajectory; "" is the final one
+    revision: str = ""  # last checkpoint of the trajectory; "" is the final one
     processing: str = "raw"
-    score: str = "spread"           # what picks: one of SCORES
-    n_prompts: int = 2000           # at the last checkpoint
-    n_trajectory: int = 250         # at each checkpoint
+    score: str = "spread"  # what picks: one of SCORES
+    n_prompts: int = 2000  # at the last checkpoint
+    n_trajectory: int = 250  # at each checkpoint
     n_ablation: int = 150
-    n_draws: int = 20               # matched random sets of each kind
-    codewords: str = ""             # separated by spaces, for tokenizers without the grammar's
+    n_draws: int = 20  # matched random sets of each kind
+    codewords: str = ""  # separated by spaces, for tokenizers without the grammar's
     seed: int = 0
 
     def __post_init__(self):
-        check_in("processing", self.processing, ("raw", "folded")); check_in("score", self.score, SCORES)
+        check_in("processing", self.processing, ("raw", "folded"))
+        check_in("score", self.score, SCORES)
         for name, low in (("n_prompts", 16), ("n_trajectory", 16), ("n_ablation", 10), ("n_draws", 1), ("seed", 0)):
             check_int(name, getattr(self, name), low)
-        if not isinstance(self.model_name, str) or not self.model_name: raise ValueError(f"model_name: needs a name, got {self.model_name!r}")
+        if not isinstance(self.model_name, str) or not self.model_name:
+            raise ValueError(f"model_name: needs a name, got {self.model_name!r}")
 
     def prompts(self, model, n: int, purpose: int, **options):
         "Retrieval prompts for one purpose; purposes never share a seed."
@@ -58,7 +112,7 @@ class FingerprintConfig:
     def revisions(self) -> list[str]:
         "Checkpoints up to `revision`."
         known = list_revisions(self.model_name)
-        return known[:known.index(check_in("revision", self.revision, known)) + 1] if self.revision else known
+        return known[: known.index(check_in("revision", self.revision, known)) + 1] if self.revision else known
 
 # %% ../nbs/13_pr_fingerprint.ipynb #13-008
 def identify(cfg: FingerprintConfig) -> tuple[object, pd.DataFrame]:
@@ -81,16 +135,21 @@ def null_scores(table: pd.DataFrame, score: str) -> dict[str, np.ndarray]:
     of = {"spread": pr_spread, "rise": pr_rise, "content": lambda x: np.abs(x[..., -1] - x[..., 0])}
     steps = as_array(table)[1]
     measure = of.get(score, lambda x: pr_integral(x, steps + 1.0))
-    nulls = {name: measure(as_array(table, metric)[0]) for name, metric in (("shuffled positions", "pr_shuffled"), ("fixed content", "pr_fixed"))}
+    nulls = {
+        name: measure(as_array(table, metric)[0])
+        for name, metric in (("shuffled positions", "pr_shuffled"), ("fixed content", "pr_fixed"))
+    }
     return nulls | {"untrained": as_array(table)[0][..., 0] - 1}
 
 # %% ../nbs/13_pr_fingerprint.ipynb #13-010
 def _control_sets(cfg: FingerprintConfig, picks, n_layers: int, n_heads: int) -> dict[str, list]:
     "Matched random sets by kind."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # fewer sets than asked for: all are used, and the table shows how many
-        return {name: matched_random(picks, cfg.n_draws, cfg.seed, n_heads=n_heads, n_layers=n_layers, match=match)
-                for name, match in (("random, same layers", "layer"), ("random, any layer", "model"))}
+        warnings.simplefilter("ignore")  # fewer sets than asked for: all are used, and the table shows how many
+        return {
+            name: matched_random(picks, cfg.n_draws, cfg.seed, n_heads=n_heads, n_layers=n_layers, match=match)
+            for name, match in (("random, same layers", "layer"), ("random, any layer", "model"))
+        }
 
 
 def _ablation_rows(result: AblationResult, draws: dict[str, list]) -> list[dict]:
@@ -108,9 +167,20 @@ def verify(cfg: FingerprintConfig, model, picks) -> tuple[pd.DataFrame, pd.DataF
     every = [d for sets in draws.values() for d in sets]
     reference, rows, verdicts = reference_outputs(model, cfg.prompts(model, cfg.n_ablation, 3)), [], []
     tests = [("accuracy", mode, batch) for mode in MODES]
-    if not cfg.codewords: tests.append(("loss", "zero", text(model, None, 64, seed=cfg.seed)))
+    if not cfg.codewords:
+        tests.append(("loss", "zero", text(model, None, 64, seed=cfg.seed)))
     for metric, mode, prompts in tests:
-        result = ablation_test(model, prompts, picks, metric, mode=mode, draws=every, reference=reference, seed=cfg.seed, selective=metric == "accuracy")
+        result = ablation_test(
+            model,
+            prompts,
+            picks,
+            metric,
+            mode=mode,
+            draws=every,
+            reference=reference,
+            seed=cfg.seed,
+            selective=metric == "accuracy",
+        )
         rows += _ablation_rows(result, draws)
         verdicts.append(result.row())
     return pd.DataFrame(rows), pd.DataFrame(verdicts)
@@ -120,8 +190,12 @@ def mechanism(cfg: FingerprintConfig, model) -> pd.DataFrame:
     "One row a head: attention to the key, selectivity, accuracy lost without it alone, readout of codewords not fitted."
     batch = cfg.prompts(model, cfg.n_ablation, 2)
     table = single_heads(model, batch, seed=cfg.seed)
-    for name, array in key_attention(model, batch).items(): table[name] = array[table.layer, table["head"]]
-    train, test = cfg.prompts(model, 500, 4), cfg.prompts(model, 300, 5, **({} if cfg.codewords else {"words": "heldout"}))
+    for name, array in key_attention(model, batch).items():
+        table[name] = array[table.layer, table["head"]]
+    train, test = (
+        cfg.prompts(model, 500, 4),
+        cfg.prompts(model, 300, 5, **({} if cfg.codewords else {"words": "heldout"})),
+    )
     hits, chance = codeword_readout(model, train, test)
     return table.assign(readout=hits[table.layer, table["head"]], chance=chance)
 
@@ -129,13 +203,14 @@ def mechanism(cfg: FingerprintConfig, model) -> pd.DataFrame:
 @dataclass(frozen=True)
 class Measurement:
     "All that one model's run finds."
+
     config: FingerprintConfig
     info: ModelInfo
     trajectory: pd.DataFrame
     scores: dict[str, np.ndarray]
     nulls: dict[str, np.ndarray]
     picks: list
-    final: dict[str, np.ndarray]     # at the last checkpoint over n_prompts: pr, pr_fixed
+    final: dict[str, np.ndarray]  # at the last checkpoint over n_prompts: pr, pr_fixed
     ablation: pd.DataFrame
     verdicts: pd.DataFrame
     heads: pd.DataFrame
@@ -146,13 +221,19 @@ def measure(cfg: FingerprintConfig) -> Measurement:
     model, table = identify(cfg)
     scores = head_scores(table[table.metric != "accuracy"])
     picks = pick_heads(scores[cfg.score])
-    if not picks: raise ValueError(f"score={cfg.score!r} picks no head of {cfg.model_name}: all scores are equal")
+    if not picks:
+        raise ValueError(f"score={cfg.score!r} picks no head of {cfg.model_name}: all scores are equal")
     batch = cfg.prompts(model, cfg.n_prompts, 1)
-    final = {"pr": head_participation(model, batch).numpy(), "pr_fixed": head_participation(model, fixed_content(batch)).numpy()}
+    final = {
+        "pr": head_participation(model, batch).numpy(),
+        "pr_fixed": head_participation(model, fixed_content(batch)).numpy(),
+    }
     ablation, verdicts = verify(cfg, model, picks)
     heads = mechanism(cfg, model)
     heads["picked"] = [pair in picks for pair in zip(heads.layer, heads["head"])]
-    return Measurement(cfg, model_info(model), table, scores, null_scores(table, cfg.score), picks, final, ablation, verdicts, heads)
+    return Measurement(
+        cfg, model_info(model), table, scores, null_scores(table, cfg.score), picks, final, ablation, verdicts, heads
+    )
 
 
 def run(cfg: FingerprintConfig) -> pd.DataFrame:
@@ -162,20 +243,47 @@ def run(cfg: FingerprintConfig) -> pd.DataFrame:
 
 def long_table(m: Measurement) -> pd.DataFrame:
     "Everything measured: model, revision, step, tokens, processing, layer, head, condition, heads, mode, metric, value, ci_low, ci_high, n."
-    info = {"model": m.info.name, "revision": m.info.revision, "step": m.info.step, "tokens": m.info.tokens, "processing": m.info.processing}
-    grids = {f"score_{k}": v for k, v in m.scores.items()} | {f"{k}_{m.config.n_prompts}": v for k, v in m.final.items()}
+    info = {
+        "model": m.info.name,
+        "revision": m.info.revision,
+        "step": m.info.step,
+        "tokens": m.info.tokens,
+        "processing": m.info.processing,
+    }
+    grids = {f"score_{k}": v for k, v in m.scores.items()} | {
+        f"{k}_{m.config.n_prompts}": v for k, v in m.final.items()
+    }
     cells = [(k, ly, h, v) for k, a in grids.items() for (ly, h), v in np.ndenumerate(a)]
     parts = [m.trajectory, pd.DataFrame(cells, columns=["metric", "layer", "head", "value"]).assign(**info)]
     kept = [c for c in m.heads.columns if c not in ("layer", "head", "ci_low", "ci_high")]
     parts.append(m.heads.astype({"picked": float}).melt(["layer", "head"], kept, "metric").assign(**info))
     parts.append(m.ablation.assign(**info))
-    columns = ["model", "revision", "step", "tokens", "processing", "layer", "head", "condition", "heads", "mode", "metric", "value", "ci_low", "ci_high", "n"]
-    return pd.concat([p.reindex(columns=columns).dropna(axis=1, how="all") for p in parts], ignore_index=True).reindex(columns=columns)
+    columns = [
+        "model",
+        "revision",
+        "step",
+        "tokens",
+        "processing",
+        "layer",
+        "head",
+        "condition",
+        "heads",
+        "mode",
+        "metric",
+        "value",
+        "ci_low",
+        "ci_high",
+        "n",
+    ]
+    return pd.concat([p.reindex(columns=columns).dropna(axis=1, how="all") for p in parts], ignore_index=True).reindex(
+        columns=columns
+    )
 
 # %% ../nbs/13_pr_fingerprint.ipynb #13-014
 @dataclass(frozen=True)
 class SeedSummary:
     "What the seeds' tables say."
+
     tables: dict[str, pd.DataFrame]
     picks: dict[int, list]
     leads: dict[str, pd.DataFrame]
@@ -198,14 +306,36 @@ def summarise_seeds(score: str = "spread", folder=None) -> SeedSummary:
     picks = picks_of(heads, check_in("score", score, SCORES))
     n_layers, n_heads = int(heads.layer.max()) + 1, int(heads["head"].max()) + 1
     last = tables["ablation"][tables["ablation"].step == trajectories.step.max()]
-    start = [start_prediction(heads, f"start_{f}", f"pick_{score}", within) for f in ("top", "gap") for within in ("seed", "layer")]
+    start = [
+        start_prediction(heads, f"start_{f}", f"pick_{score}", within)
+        for f in ("top", "gap")
+        for within in ("seed", "layer")
+    ]
     leads = {"PR": lead_times(trajectories, picks), "content PR": lead_times(trajectories, picks, "content")}
-    contrasts = {name: lead_contrast(trajectories, picks, signal) for name, signal in (("PR", "pr"), ("content PR", "content"))}
+    contrasts = {
+        name: lead_contrast(trajectories, picks, signal) for name, signal in (("PR", "pr"), ("content PR", "content"))
+    }
     recurring = [recurrence(picks, n_layers, n_heads, within) for within in ("layer", "model")]
-    events = {"content ratio": replay_events(trajectories, picks), "participation ratio alone": replay_events(trajectories, picks, "pr")}
+    events = {
+        "content ratio": replay_events(trajectories, picks),
+        "participation ratio alone": replay_events(trajectories, picks, "pr"),
+    }
     ratios = circuit_ratios(trajectories, picks)
-    return SeedSummary(tables, picks, leads, contrasts, finder_table(heads, SCORES), pd.DataFrame(recurring), layer_shares(picks, n_layers),
-                       pd.DataFrame(start), condition_effects(last), dose_response(last)[1], events, ratios, gap_lags(ratios))
+    return SeedSummary(
+        tables,
+        picks,
+        leads,
+        contrasts,
+        finder_table(heads, SCORES),
+        pd.DataFrame(recurring),
+        layer_shares(picks, n_layers),
+        pd.DataFrame(start),
+        condition_effects(last),
+        dose_response(last)[1],
+        events,
+        ratios,
+        gap_lags(ratios),
+    )
 
 # %% ../nbs/13_pr_fingerprint.ipynb #13-016
 def model_claims(m: Measurement) -> list[dict]:
@@ -215,36 +345,90 @@ def model_claims(m: Measurement) -> list[dict]:
         effect = Interval(v.effect, v.ci_low, v.ci_high)
         note = f"{v['mode']} ablation of {v['heads']}; rank {v['rank']} of {v.n_draws + 1}, p = {v.p:.3f}, verdict {v.verdict}"
         if v.metric == "loss":
-            rows.append({"claim": "picks matter no more to plain stories than random heads do", "effect": effect, "holds": bool(v.p > 0.05),
-                         "unit": "nats", "n": v.n, "note": f"{note}; draws' mean {v.draw_mean:.3f}"})
+            rows.append(
+                {
+                    "claim": "picks matter no more to plain stories than random heads do",
+                    "effect": effect,
+                    "holds": bool(v.p > 0.05),
+                    "unit": "nats",
+                    "n": v.n,
+                    "note": f"{note}; draws' mean {v.draw_mean:.3f}",
+                }
+            )
         else:
-            rows.append({"claim": f"picks carry retrieval ({v['mode']})", "effect": effect, "holds": v.verdict in ("primary", "secondary"),
-                         "unit": "accuracy lost", "n": v.n, "published": "0.692 (seed 42, step 4,000)" if v["mode"] == "zero" else "", "note": note})
+            rows.append(
+                {
+                    "claim": f"picks carry retrieval ({v['mode']})",
+                    "effect": effect,
+                    "holds": v.verdict in ("primary", "secondary"),
+                    "unit": "accuracy lost",
+                    "n": v.n,
+                    "published": "0.692 (seed 42, step 4,000)" if v["mode"] == "zero" else "",
+                    "note": note,
+                }
+            )
     for name, null in m.nulls.items():
         share = wilson(*false_positives(cells, null))
-        rows.append({"claim": f"few false positives: {name}", "effect": share, "holds": True if share.high <= 0.05 else False if share.low > 0.05 else None,
-                     "unit": "share of null heads that would be picked", "n": null.size})
+        rows.append(
+            {
+                "claim": f"few false positives: {name}",
+                "effect": share,
+                "holds": True if share.high <= 0.05 else False if share.low > 0.05 else None,
+                "unit": "share of null heads that would be picked",
+                "n": null.size,
+            }
+        )
     attending = m.heads[m.heads.selectivity >= 30]
     quality = finder_scores(m.picks, list(zip(attending.layer, attending["head"])))
     if len(attending):
         missed = wilson(quality["n_truth"] - quality["n_both"], quality["n_truth"])
-        rows.append({"claim": "picks miss no head that attends to the key", "effect": missed, "holds": missed.estimate == 0, "unit": "share missed",
-                     "n": quality["n_truth"], "note": "selectivity of at least 30"})
+        rows.append(
+            {
+                "claim": "picks miss no head that attends to the key",
+                "effect": missed,
+                "holds": missed.estimate == 0,
+                "unit": "share missed",
+                "n": quality["n_truth"],
+                "note": "selectivity of at least 30",
+            }
+        )
     return rows
 
 
 def _lead_claims(s: SeedSummary) -> list[dict]:
     rows = []
     for name, c in s.contrasts.items():
-        rows.append({"claim": f"{name} of picks moves before the accuracy, and other heads' does not as early", "effect": c["picks"],
-                     "holds": c["picks"].low > 0 and c["difference"].low > 0, "unit": "steps, half of the climb", "n": len(s.picks),
-                     "note": f"other heads {c['others']}, difference {c['difference']}"})
+        rows.append(
+            {
+                "claim": f"{name} of picks moves before the accuracy, and other heads' does not as early",
+                "effect": c["picks"],
+                "holds": c["picks"].low > 0 and c["difference"].low > 0,
+                "unit": "steps, half of the climb",
+                "n": len(s.picks),
+                "note": f"other heads {c['others']}, difference {c['difference']}",
+            }
+        )
     for name, events in s.events.items():
         quality = event_quality(events, s.picks)
-        rows.append({"claim": f"monitor ({name}): events are final picks", "effect": quality["precision"], "holds": quality["precision"].low > 0.5,
-                     "unit": "precision", "n": len(s.picks), "note": f"recall {quality['recall']}"})
-        rows.append({"claim": f"monitor ({name}): first event before accuracy 0.5", "effect": quality["first_lead"], "holds": quality["first_lead"].low > 0,
-                     "unit": "steps", "n": len(s.picks)})
+        rows.append(
+            {
+                "claim": f"monitor ({name}): events are final picks",
+                "effect": quality["precision"],
+                "holds": quality["precision"].low > 0.5,
+                "unit": "precision",
+                "n": len(s.picks),
+                "note": f"recall {quality['recall']}",
+            }
+        )
+        rows.append(
+            {
+                "claim": f"monitor ({name}): first event before accuracy 0.5",
+                "effect": quality["first_lead"],
+                "holds": quality["first_lead"].low > 0,
+                "unit": "steps",
+                "n": len(s.picks),
+            }
+        )
     return rows
 
 
@@ -252,12 +436,29 @@ def _seed_effects(s: SeedSummary, score: str) -> list[dict]:
     e = s.effects.set_index("kind")
     own, other = e.loc[f"own {score}"], e.loc["other seeds' picks"]
     difference = _own_minus_others(s, score)
-    rows = [{"claim": "over seeds, own picks carry retrieval", "effect": Interval(own.lost, own.lost_low, own.lost_high),
-             "holds": own.lost_low > 0.5, "unit": "accuracy lost",
-             "note": f"matched in the same layers {e.lost.get('matched layer', np.nan):.2f}, in any layer {e.lost.get('matched model', np.nan):.2f}"},
-            {"claim": "own picks do more harm than other seeds' picks", "effect": difference, "holds": difference.low > 0, "unit": "accuracy lost, difference",
-             "published": "0.692 against 0.001 to 0.005 (seed 42)", "note": f"others: {other.lost:.2f} [{other.lost_low:.2f}, {other.lost_high:.2f}]"},
-            {"claim": "harm grows with the number of shared heads", "effect": s.dose, "holds": s.dose.low > 0, "unit": "accuracy lost a shared head"}]
+    rows = [
+        {
+            "claim": "over seeds, own picks carry retrieval",
+            "effect": Interval(own.lost, own.lost_low, own.lost_high),
+            "holds": own.lost_low > 0.5,
+            "unit": "accuracy lost",
+            "note": f"matched in the same layers {e.lost.get('matched layer', np.nan):.2f}, in any layer {e.lost.get('matched model', np.nan):.2f}",
+        },
+        {
+            "claim": "own picks do more harm than other seeds' picks",
+            "effect": difference,
+            "holds": difference.low > 0,
+            "unit": "accuracy lost, difference",
+            "published": "0.692 against 0.001 to 0.005 (seed 42)",
+            "note": f"others: {other.lost:.2f} [{other.lost_low:.2f}, {other.lost_high:.2f}]",
+        },
+        {
+            "claim": "harm grows with the number of shared heads",
+            "effect": s.dose,
+            "holds": s.dose.low > 0,
+            "unit": "accuracy lost a shared head",
+        },
+    ]
     return [row | {"n": len(s.picks)} for row in rows]
 
 
@@ -266,7 +467,9 @@ def _own_minus_others(s: SeedSummary, score: str) -> Interval:
     last = s.tables["ablation"]
     last = last[last.step == last.step.max()]
     own = last[last.condition == f"own {score}"].set_index("seed").accuracy
-    return bootstrap_ci((last[last.condition.str.startswith("picks of")].groupby("seed").accuracy.mean() - own).dropna())
+    return bootstrap_ci(
+        (last[last.condition.str.startswith("picks of")].groupby("seed").accuracy.mean() - own).dropna()
+    )
 
 
 def seed_claims(s: SeedSummary, score: str = "spread") -> list[dict]:
@@ -274,17 +477,41 @@ def seed_claims(s: SeedSummary, score: str = "spread") -> list[dict]:
     heads, rows = s.tables["heads"], _lead_claims(s) + _seed_effects(s, score) + _pick_claims(s, score)
     readout = heads[heads[f"pick_{score}"]].groupby("seed").readout.max()
     best = bootstrap_ci(readout)
-    rows.append({"claim": "a pick's output names codewords it was not fitted on", "effect": best, "holds": best.low > heads.readout_chance.max(),
-                 "unit": "accuracy of the best pick", "n": len(readout), "note": f"chance {heads.readout_chance.mean():.3f}; the source leaves this open"})
+    rows.append(
+        {
+            "claim": "a pick's output names codewords it was not fitted on",
+            "effect": best,
+            "holds": best.low > heads.readout_chance.max(),
+            "unit": "accuracy of the best pick",
+            "n": len(readout),
+            "note": f"chance {heads.readout_chance.mean():.3f}; the source leaves this open",
+        }
+    )
     for _, r in s.recurring.iterrows():
         over = Interval(r.overlap - r.expected, r.overlap - r.chance_high, r.overlap - r.chance_low)
-        rows.append({"claim": f"head positions recur over seeds (chance within the {r.within})", "effect": over, "holds": r.p <= 0.05,
-                     "unit": "shared heads a pair, above chance", "n": r.n_seeds, "note": f"overlap {r.overlap:.2f}, expected {r.expected:.2f}, p = {r.p:.3f}"})
+        rows.append(
+            {
+                "claim": f"head positions recur over seeds (chance within the {r.within})",
+                "effect": over,
+                "holds": r.p <= 0.05,
+                "unit": "shared heads a pair, above chance",
+                "n": r.n_seeds,
+                "note": f"overlap {r.overlap:.2f}, expected {r.expected:.2f}, p = {r.p:.3f}",
+            }
+        )
     for _, r in s.start.iterrows():
         what = {"start_top": "top singular value", "start_gap": "gap"}[r.feature]
         auc = Interval(r.auc - 0.5, r.ci_low - 0.5, r.ci_high - 0.5)
-        rows.append({"claim": f"step 0 predicts picks: {what} of W_QK (within {r.within})", "effect": auc, "holds": r.p <= 0.05 / len(s.start),
-                     "unit": "AUC above 0.5", "n": r.n_seeds, "note": f"p = {r.p:.3f}, four tests"})
+        rows.append(
+            {
+                "claim": f"step 0 predicts picks: {what} of W_QK (within {r.within})",
+                "effect": auc,
+                "holds": r.p <= 0.05 / len(s.start),
+                "unit": "AUC above 0.5",
+                "n": r.n_seeds,
+                "note": f"p = {r.p:.3f}, four tests",
+            }
+        )
     return rows + _parameter_claims(s)
 
 
@@ -293,21 +520,49 @@ def _pick_claims(s: SeedSummary, score: str) -> list[dict]:
     heads, rows = s.tables["heads"], []
     if score != "content":
         for _, f in seed_false_positives(s.tables["trajectory"], score).iterrows():
-            rows.append({"claim": f"over seeds, few false positives: {f.null}", "effect": Interval(f.share, f.ci_low, f.ci_high),
-                         "holds": True if f.ci_high <= 0.05 else False if f.ci_low > 0.05 else None,
-                         "unit": "share of null heads that would be picked", "n": f.n})
+            rows.append(
+                {
+                    "claim": f"over seeds, few false positives: {f.null}",
+                    "effect": Interval(f.share, f.ci_low, f.ci_high),
+                    "holds": True if f.ci_high <= 0.05 else False if f.ci_low > 0.05 else None,
+                    "unit": "share of null heads that would be picked",
+                    "n": f.n,
+                }
+            )
     rates = {"attends to key": (heads.selectivity >= 30).mean(), "necessary": (heads.accuracy_ci_low > 0).mean()}
     for _, f in s.finders[s.finders.score == score].iterrows():
         base = rates[f.finds] if f.measure == "precision" else heads[f"pick_{score}"].mean()
-        rows.append({"claim": f"picks find heads: {f.finds}, {f.measure}", "effect": Interval(f.value, f.ci_low, f.ci_high), "holds": f.ci_low > base,
-                     "unit": f.measure, "n": f.n, "note": f"by chance {base:.2f}"})
+        rows.append(
+            {
+                "claim": f"picks find heads: {f.finds}, {f.measure}",
+                "effect": Interval(f.value, f.ci_low, f.ci_high),
+                "holds": f.ci_low > base,
+                "unit": f.measure,
+                "n": f.n,
+                "note": f"by chance {base:.2f}",
+            }
+        )
     return rows
 
 
 def _parameter_claims(s: SeedSummary) -> list[dict]:
     at_peak = s.ratios.dropna().sort_values("pr_ratio").groupby("seed").tail(1)
     gap, lead = bootstrap_ci(at_peak.gap_ratio), bootstrap_ci(s.lags.gap_lead.dropna())
-    return [{"claim": "weight changes of circuit heads have the larger gap", "effect": Interval(gap.estimate - 1, gap.low - 1, gap.high - 1),
-             "holds": gap.low > 1, "unit": "ratio to other heads, minus 1", "n": len(at_peak), "published": "0.96 at a PR ratio of 6.2",
-             "note": f"where the PR ratio is largest; its mean is {at_peak.pr_ratio.mean():.2f}"},
-            {"claim": "the gap's peak comes before the PR ratio's climb", "effect": lead, "holds": lead.low > 0, "unit": "steps", "n": len(s.lags)}]
+    return [
+        {
+            "claim": "weight changes of circuit heads have the larger gap",
+            "effect": Interval(gap.estimate - 1, gap.low - 1, gap.high - 1),
+            "holds": gap.low > 1,
+            "unit": "ratio to other heads, minus 1",
+            "n": len(at_peak),
+            "published": "0.96 at a PR ratio of 6.2",
+            "note": f"where the PR ratio is largest; its mean is {at_peak.pr_ratio.mean():.2f}",
+        },
+        {
+            "claim": "the gap's peak comes before the PR ratio's climb",
+            "effect": lead,
+            "holds": lead.low > 0,
+            "unit": "steps",
+            "n": len(s.lags),
+        },
+    ]

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .causal import metric_values
-from .circuits import capture, select_slices
-from .core import check_float, check_in, check_int, head_name, repo_root
-from .intervals import Interval, bootstrap_ci, claims_table
-from .models import ArchSpec, list_revisions, load_model, model_info
-from spectral_nb.slices import (
+from .causal.ablation import metric_values
+from .attention.omega import capture, select_slices
+from .base.checks import check_float, check_in, check_int, head_name
+from .base.paths import repo_root
+from .base.intervals import Interval, bootstrap_ci, claims_table
+from .models.loading import ArchSpec, list_revisions, load_model, model_info
+from spectral_nb.attention.slices import (
     SliceData,
     head_table,
     measure_slices,
@@ -29,7 +30,7 @@ from spectral_nb.slices import (
     random_basis_counts,
     shuffled,
 )
-from spectral_nb.slices_origins import (
+from spectral_nb.attention.origins import (
     clutter_gain,
     common_offset,
     consensus_slices,
@@ -38,7 +39,7 @@ from spectral_nb.slices_origins import (
     grouped_auc,
     signal_magnitude,
 )
-from .tasks import TASKS, PromptBatch, make_batch
+from .prompts.tasks import TASKS, PromptBatch, make_batch
 
 _all_ = ["select_slices"]
 
@@ -108,11 +109,15 @@ def untrained_model(cfg: SparseAttentionConfig) -> Any | None:
     return load_model(cfg.model_name, revisions[0], processing=cfg.processing)
 
 
-def measure_task(model: Any, batch: PromptBatch, cfg: SparseAttentionConfig, untrained: Any | None = None) -> TaskSlices:
+def measure_task(
+    model: Any, batch: PromptBatch, cfg: SparseAttentionConfig, untrained: Any | None = None
+) -> TaskSlices:
     "Slices of a batch and its controls; a control that cannot be had is NaN."
     acts = capture(model, batch)
     data = measure_slices(model, batch, acts=acts, threshold=cfg.threshold, rule=cfg.rule)
-    quiet = measure_slices(model, batch, non_firings(acts, data.pairs, cfg.threshold, cfg.seed), acts=acts, rule=cfg.rule)
+    quiet = measure_slices(
+        model, batch, non_firings(acts, data.pairs, cfg.threshold, cfg.seed), acts=acts, rule=cfg.rule
+    )
     table = pair_table(data)
     rules = dict(_COUNTS, slices=cfg.rule)
     drawn = random_basis_counts(data, tuple(rules.values()), cfg.n_draws, cfg.seed)
@@ -136,8 +141,18 @@ def control_table(measured: list[TaskSlices], seed: int = 0) -> pd.DataFrame:
                 more = (m.table[f"{control}_{name}"] - own).to_numpy(dtype=float)
                 if len(more) and np.isfinite(more).all():
                     ci = bootstrap_ci(more, groups=m.table.prompt.to_numpy(), n_resamples=1000, seed=seed)
-                    rows.append(dict(task=m.task, control=control, count="|S|" if name == "slices" else "n_90", n=len(more),
-                                     own=own.mean(), estimate=ci.estimate, low=ci.low, high=ci.high))
+                    rows.append(
+                        dict(
+                            task=m.task,
+                            control=control,
+                            count="|S|" if name == "slices" else "n_90",
+                            n=len(more),
+                            own=own.mean(),
+                            estimate=ci.estimate,
+                            low=ci.low,
+                            high=ci.high,
+                        )
+                    )
     table = pd.DataFrame(rows, columns=["task", "control", "count", "n", "own", "estimate", "low", "high"])
     return table.assign(label=table.task + ", " + table.control + ", " + table["count"])
 
@@ -188,11 +203,27 @@ def signal_by_token(model: Any, m: TaskSlices) -> pd.DataFrame | None:
     mask[:, 0] = False
     prompt = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)
     value = signal_magnitude(model, data, *key, slices).cpu().numpy()
-    table = pd.DataFrame(dict(prompt=prompt[mask], token=m.batch.tokens.cpu().numpy()[mask], target=target[mask], signal=value[mask]))
+    table = pd.DataFrame(
+        dict(prompt=prompt[mask], token=m.batch.tokens.cpu().numpy()[mask], target=target[mask], signal=value[mask])
+    )
     return table if table.target.any() and not table.target.all() else None
 
 # %% ../nbs/11_sparse_attention.ipynb #11-012
-LONG = ["model", "revision", "step", "tokens", "processing", "task", "layer", "head", "name", "metric", "value", "low", "high"]
+LONG = [
+    "model",
+    "revision",
+    "step",
+    "tokens",
+    "processing",
+    "task",
+    "layer",
+    "head",
+    "name",
+    "metric",
+    "value",
+    "low",
+    "high",
+]
 
 
 def measure(cfg: SparseAttentionConfig) -> tuple[Any, list[TaskSlices]]:
@@ -208,7 +239,9 @@ def long_table(model: Any, measured: list[TaskSlices], seed: int = 0) -> pd.Data
         heads = head_table(m.data)
         parts.append(heads.melt(["layer", "head", "name"], var_name="metric").assign(task=m.task))
         counts = [c for c in m.table.columns if c.startswith(tuple(f"{c}_" for c in CONTROLS))]
-        whole = m.table[["n_slices", "n_90", "n_opposing", "mass_building", "mass_opposing", "signal_ratio", *counts]].mean()
+        whole = m.table[
+            ["n_slices", "n_90", "n_opposing", "mass_building", "mass_opposing", "signal_ratio", *counts]
+        ].mean()
         whole["n_firings"] = len(m.data)
         if m.accuracy is not None:
             whole["accuracy"] = m.accuracy.mean()
@@ -216,9 +249,15 @@ def long_table(model: Any, measured: list[TaskSlices], seed: int = 0) -> pd.Data
         parts.append(pd.concat([whole, quiet]).rename_axis("metric").reset_index(name="value").assign(task=m.task))
     controls = control_table(measured, seed)
     parts.append(controls.assign(metric="more_" + controls.control + "_" + controls["count"], value=controls.estimate))
-    table = pd.concat([p.reindex(columns=LONG).dropna(axis=1, how="all") for p in parts if len(p)], ignore_index=True).reindex(columns=LONG)
-    table = table.assign(model=info.name, revision=info.revision, step=info.step, tokens=info.tokens, processing=info.processing)
-    return table.astype({**dict.fromkeys(("step", "tokens", "layer", "head"), "Int64"), "value": float, "low": float, "high": float}).dropna(subset="value")
+    table = pd.concat(
+        [p.reindex(columns=LONG).dropna(axis=1, how="all") for p in parts if len(p)], ignore_index=True
+    ).reindex(columns=LONG)
+    table = table.assign(
+        model=info.name, revision=info.revision, step=info.step, tokens=info.tokens, processing=info.processing
+    )
+    return table.astype(
+        {**dict.fromkeys(("step", "tokens", "layer", "head"), "Int64"), "value": float, "low": float, "high": float}
+    ).dropna(subset="value")
 
 
 def run(cfg: SparseAttentionConfig) -> pd.DataFrame:
@@ -236,8 +275,17 @@ def checkpoint_numbers(model: Any, cfg: SparseAttentionConfig) -> list[dict]:
         heads = head_table(measure_slices(model, batch, acts=acts, threshold=cfg.threshold, rule=cfg.rule))
         n = heads.n_firings.astype(float)
         means = {c: float(np.average(heads[c], weights=n)) if len(heads) else np.nan for c in ("n_slices", "n_90")}
-        rows.append(dict(task=task, n_firings=int(n.sum()), **means, jaccard_within=float(heads.jaccard_within.mean()),
-                         accuracy=np.nan if batch.answer is None else float(metric_values(acts.logits, batch, "accuracy").mean())))
+        rows.append(
+            dict(
+                task=task,
+                n_firings=int(n.sum()),
+                **means,
+                jaccard_within=float(heads.jaccard_within.mean()),
+                accuracy=np.nan
+                if batch.answer is None
+                else float(metric_values(acts.logits, batch, "accuracy").mean()),
+            )
+        )
     return rows
 
 
@@ -265,7 +313,10 @@ def development(
         info = model_info(model)
         numbers.extend(dict(revision=revision, tokens=info.tokens, **row) for row in checkpoint_numbers(model, cfg))
         return {}
-    overlaps, _ = directions_through_training(cfg.model_name, followed_heads(measured), revisions, processing=cfg.processing, measure=note)
+
+    overlaps, _ = directions_through_training(
+        cfg.model_name, followed_heads(measured), revisions, processing=cfg.processing, measure=note
+    )
     return pd.DataFrame(numbers), overlaps
 
 
@@ -281,9 +332,17 @@ def dates(numbers: pd.DataFrame, overlaps: pd.DataFrame) -> pd.DataFrame:
             continue
         direction = date(own, "overlap", (1 + own["overlap"].iloc[0]) / 2)
         jump = date(acc, "accuracy", (acc.accuracy.iloc[0] + acc.accuracy.iloc[-1]) / 2)
-        rows.append(dict(head=name, task=task, direction=direction["revision"], accuracy=jump["revision"],
-                         lead=jump["tokens"] - direction["tokens"], low=jump["before"] - direction["tokens"],
-                         high=jump["tokens"] - direction["before"]))
+        rows.append(
+            dict(
+                head=name,
+                task=task,
+                direction=direction["revision"],
+                accuracy=jump["revision"],
+                lead=jump["tokens"] - direction["tokens"],
+                low=jump["before"] - direction["tokens"],
+                high=jump["tokens"] - direction["before"],
+            )
+        )
     return pd.DataFrame(rows, columns=["head", "task", "direction", "accuracy", "lead", "low", "high"])
 
 # %% ../nbs/11_sparse_attention.ipynb #11-016
@@ -294,14 +353,41 @@ def _sparsity_claims(m: TaskSlices, d_head: int, seed: int) -> list[dict]:
     share = bootstrap_ci(table.n_slices.to_numpy() / d_head, groups=prompt, n_resamples=1000, seed=seed)
     ratio = bootstrap_ci(table.signal_ratio.to_numpy(), np.median, groups=prompt, n_resamples=1000, seed=seed)
     quiet = pair_table(m.quiet)
-    rest = bootstrap_ci(quiet.n_slices.to_numpy() / d_head, groups=quiet.prompt.to_numpy(), n_resamples=1000, seed=seed) if len(quiet) else None
-    rows = [dict(claim=f"{m.task}: scores need under a quarter of the slices", effect=share, holds=share.high < 0.25, unit="|S| / d_head",
-                 n=len(table), published="sparse in GPT-2 small on IOI (2410.00340)", note="" if rest is None else f"not firing: {rest}"),
-            dict(claim=f"{m.task}: s^T Omega s is A' to 10 %", effect=ratio, holds=0.9 < ratio.low and ratio.high < 1.1, n=len(table),
-                 unit="median ratio", published="stated as approximately equal")]
+    rest = (
+        bootstrap_ci(quiet.n_slices.to_numpy() / d_head, groups=quiet.prompt.to_numpy(), n_resamples=1000, seed=seed)
+        if len(quiet)
+        else None
+    )
+    rows = [
+        dict(
+            claim=f"{m.task}: scores need under a quarter of the slices",
+            effect=share,
+            holds=share.high < 0.25,
+            unit="|S| / d_head",
+            n=len(table),
+            published="sparse in GPT-2 small on IOI (2410.00340)",
+            note="" if rest is None else f"not firing: {rest}",
+        ),
+        dict(
+            claim=f"{m.task}: s^T Omega s is A' to 10 %",
+            effect=ratio,
+            holds=0.9 < ratio.low and ratio.high < 1.1,
+            n=len(table),
+            unit="median ratio",
+            published="stated as approximately equal",
+        ),
+    ]
     for _, r in control_table([m], seed).iterrows():
-        rows.append(dict(claim=f"{m.task}: fewer slices ({r['count']}) than with {_PHRASE[r.control]}", effect=Interval(r.estimate, r.low, r.high),
-                         holds=r.low > 0, unit="slices", n=r.n, note=f"{r.own:.2f} in the singular basis"))
+        rows.append(
+            dict(
+                claim=f"{m.task}: fewer slices ({r['count']}) than with {_PHRASE[r.control]}",
+                effect=Interval(r.estimate, r.low, r.high),
+                holds=r.low > 0,
+                unit="slices",
+                n=r.n,
+                note=f"{r.own:.2f} in the singular basis",
+            )
+        )
     return rows
 
 
@@ -312,19 +398,52 @@ def _head_claims(model: Any, m: TaskSlices, seed: int) -> list[dict]:
     rows, heads = [], head_table(m.data).dropna(subset=["jaccard_within", "jaccard_across"])
     if len(heads) > 1:
         more = bootstrap_ci((heads.jaccard_within - heads.jaccard_across).to_numpy(), n_resamples=1000, seed=seed)
-        rows.append(dict(claim=f"{m.task}: signal sets are more alike within a head than across heads", effect=more, holds=more.low > 0,
-                         unit="Jaccard index", n=len(heads), note=f"within {heads.jaccard_within.mean():.2f}; interval over heads"))
+        rows.append(
+            dict(
+                claim=f"{m.task}: signal sets are more alike within a head than across heads",
+                effect=more,
+                holds=more.low > 0,
+                unit="Jaccard index",
+                n=len(heads),
+                note=f"within {heads.jaccard_within.mean():.2f}; interval over heads",
+            )
+        )
     for _, g in clutter_gain(model, m.batch, m.data, seed).iterrows():
-        rows.append(dict(claim=f"{m.task}: chosen slices make upstream writers of layer {g.layer} clearer ({g.side})", unit="gain, factor", n=g.n,
-                         effect=Interval(g.gain, g.gain_low, g.gain_high), holds=g.gain_low > 1, note=f"median ratio {g.all_slices:.2f} to {g.selected:.2f}"))
+        rows.append(
+            dict(
+                claim=f"{m.task}: chosen slices make upstream writers of layer {g.layer} clearer ({g.side})",
+                unit="gain, factor",
+                n=g.n,
+                effect=Interval(g.gain, g.gain_low, g.gain_high),
+                holds=g.gain_low > 1,
+                note=f"median ratio {g.all_slices:.2f} to {g.selected:.2f}",
+            )
+        )
     if (own := readings(m)) is not None:
-        share = bootstrap_ci(own.mask.double().mean(1).cpu().numpy(), groups=own.pairs.prompt.cpu().numpy(), n_resamples=1000, seed=seed)
-        rows.append(dict(claim=f"{m.task}: readings of {head_name(*reading_head(m))} need under a quarter of the slices", effect=share,
-                         holds=share.high < 0.25, unit="|S| / d_head", n=len(own)))
+        share = bootstrap_ci(
+            own.mask.double().mean(1).cpu().numpy(), groups=own.pairs.prompt.cpu().numpy(), n_resamples=1000, seed=seed
+        )
+        rows.append(
+            dict(
+                claim=f"{m.task}: readings of {head_name(*reading_head(m))} need under a quarter of the slices",
+                effect=share,
+                holds=share.high < 0.25,
+                unit="|S| / d_head",
+                n=len(own),
+            )
+        )
     if (tokens := signal_by_token(model, m)) is not None:
         area = grouped_auc(tokens.signal.to_numpy(), tokens.target.to_numpy(), tokens.prompt.to_numpy(), seed)
-        rows.append(dict(claim=f"{m.task}: the key signal of {head_name(*reading_head(m))} marks the words it looks for", effect=area, holds=area.low > 0.5,
-                         unit="AUC", n=len(tokens), note=f"{int(tokens.target.sum())} target tokens"))
+        rows.append(
+            dict(
+                claim=f"{m.task}: the key signal of {head_name(*reading_head(m))} marks the words it looks for",
+                effect=area,
+                holds=area.low > 0.5,
+                unit="AUC",
+                n=len(tokens),
+                note=f"{int(tokens.target.sum())} target tokens",
+            )
+        )
     return rows
 
 
@@ -335,7 +454,16 @@ def claims(model: Any, measured: list[TaskSlices], dated: pd.DataFrame | None = 
         rows += _sparsity_claims(m, d_head, seed) + _head_claims(model, m, seed)
     for _, d in (dated if dated is not None else pd.DataFrame()).iterrows():
         known = np.isfinite([d.lead, d.low, d.high]).all()
-        rows.append(dict(claim=f"{d.task}: the direction of {d['head']} precedes the accuracy", effect=d.lead / 1e6, ci_low=d.low / 1e6,
-                         ci_high=d.high / 1e6, holds=bool(known and d.low > 0), unit="million tokens", n=1,
-                         note=f"direction by {d.direction}, accuracy by {d.accuracy}; bounds from the gaps between checkpoints"))
+        rows.append(
+            dict(
+                claim=f"{d.task}: the direction of {d['head']} precedes the accuracy",
+                effect=d.lead / 1e6,
+                ci_low=d.low / 1e6,
+                ci_high=d.high / 1e6,
+                holds=bool(known and d.low > 0),
+                unit="million tokens",
+                n=1,
+                note=f"direction by {d.direction}, accuracy by {d.accuracy}; bounds from the gaps between checkpoints",
+            )
+        )
     return claims_table(rows)

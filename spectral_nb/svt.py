@@ -17,50 +17,88 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from .core import check_in, check_int, head_name
-from .interventions import edge_interventions, edge_sets, set_interventions, additivity
-from .intervals import Interval, bootstrap_ci, claims_table, wilson
-from .models import ModelInfo, load_model, model_info
-from .tasks import TASKS, make_batch
-from .trace_graphs import EDGE_COLUMNS, communication_edges, graph_heads, precision_recall, read_graph, skeleton, trace_graph, write_graph
-from .tracing import TraceOptions, find_roots, trace, trace_tables
+from .base.checks import check_in, check_int, head_name
+from .tracing.interventions import edge_interventions, edge_sets, set_interventions, additivity
+from .base.intervals import Interval, bootstrap_ci, claims_table, wilson
+from .models.loading import ModelInfo, load_model, model_info
+from .prompts.tasks import TASKS, make_batch
+from spectral_nb.tracing.graphs import (
+    EDGE_COLUMNS,
+    communication_edges,
+    graph_heads,
+    precision_recall,
+    read_graph,
+    skeleton,
+    trace_graph,
+    write_graph,
+)
+from .tracing.recursion import TraceOptions, find_roots, trace, trace_tables
 
-_all_ = ["trace", "trace_graph", "precision_recall", "edge_interventions", "set_interventions", "additivity", "skeleton", "read_graph", "write_graph",
-         "find_roots", "TraceOptions"]
+_all_ = [
+    "trace",
+    "trace_graph",
+    "precision_recall",
+    "edge_interventions",
+    "set_interventions",
+    "additivity",
+    "skeleton",
+    "read_graph",
+    "write_graph",
+    "find_roots",
+    "TraceOptions",
+]
 
 # %% ../nbs/12_svt.ipynb #12-011
-PAPER = dict(n_prompts=256, roots="L9H6 L9H9 L10H0", k_role="IO", min_count=65, skeleton_count=170)           # arXiv 2410.00340, section 5.3
-PUBLISHED = dict(heads=21, found=11, possible=16, precision=0.52, recall=0.69, slices="often 2 or 3, at most about 20 of 64", cosine="> 0.999",
-                 norm_change="< 1 %")
-IOI_CIRCUIT = {"name_mover": [(9, 9), (9, 6), (10, 0)], "s_inhibition": [(7, 3), (7, 9), (8, 6), (8, 10)], "induction": [(5, 5), (5, 8), (5, 9), (6, 9)],
-               "duplicate_token": [(0, 1), (0, 10), (3, 0)], "previous_token": [(2, 2), (4, 11)]}              # arXiv 2211.00593, GPT-2 small
+PAPER = dict(
+    n_prompts=256, roots="L9H6 L9H9 L10H0", k_role="IO", min_count=65, skeleton_count=170
+)  # arXiv 2410.00340, section 5.3
+PUBLISHED = dict(
+    heads=21,
+    found=11,
+    possible=16,
+    precision=0.52,
+    recall=0.69,
+    slices="often 2 or 3, at most about 20 of 64",
+    cosine="> 0.999",
+    norm_change="< 1 %",
+)
+IOI_CIRCUIT = {
+    "name_mover": [(9, 9), (9, 6), (10, 0)],
+    "s_inhibition": [(7, 3), (7, 9), (8, 6), (8, 10)],
+    "induction": [(5, 5), (5, 8), (5, 9), (6, 9)],
+    "duplicate_token": [(0, 1), (0, 10), (3, 0)],
+    "previous_token": [(2, 2), (4, 11)],
+}  # arXiv 2211.00593, GPT-2 small
 
 
 @dataclass(frozen=True)
 class SvtConfig:
     "What is traced, and how its edges are tested."
+
     model_name: str = "story-neox"
-    revision: str = ""                       # "" is the final checkpoint
+    revision: str = ""  # "" is the final checkpoint
     processing: str = "folded"
     task: str = "ioi"
-    n_prompts: int = 0                       # 0: 256 for the paper's experiment, 96 otherwise
-    roots: str = ""                          # names of heads; "": the paper's, or by direct logit attribution
-    k_role: str = ""                         # source of the root firings; "": the paper's, or wherever the roots attend
+    n_prompts: int = 0  # 0: 256 for the paper's experiment, 96 otherwise
+    roots: str = ""  # names of heads; "": the paper's, or by direct logit attribution
+    k_role: str = ""  # source of the root firings; "": the paper's, or wherever the roots attend
     threshold: float = 0.5
     share: float = 0.7
-    rule: str = "paper"                      # which slices; "all" traces without singular vectors
-    min_count: int = 0                       # prompts of an edge in the graph; 0: 65 in 256
-    skeleton_count: int = 0                  # the same for the skeleton; 0: 170 in 256
-    n_edges: int = 12                        # heaviest edges to intervene on
-    n_intervened: int = 32                   # prompts to intervene on
+    rule: str = "paper"  # which slices; "all" traces without singular vectors
+    min_count: int = 0  # prompts of an edge in the graph; 0: 65 in 256
+    skeleton_count: int = 0  # the same for the skeleton; 0: 170 in 256
+    n_edges: int = 12  # heaviest edges to intervene on
+    n_intervened: int = 32  # prompts to intervene on
     seed: int = 0
 
     def __post_init__(self):
         check_in("processing", self.processing, ("folded",))
         check_in("task", self.task, [t for t in TASKS if t != "text"])
         for field in ("model_name", "revision", "roots", "k_role"):
-            if not isinstance(getattr(self, field), str): raise TypeError(f"{field} must be a string, got {getattr(self, field)!r}")
-        for field in ("n_prompts", "min_count", "skeleton_count", "seed"): check_int(field, getattr(self, field), 0)
+            if not isinstance(getattr(self, field), str):
+                raise TypeError(f"{field} must be a string, got {getattr(self, field)!r}")
+        for field in ("n_prompts", "min_count", "skeleton_count", "seed"):
+            check_int(field, getattr(self, field), 0)
         check_int("n_edges", self.n_edges, 1), check_int("n_intervened", self.n_intervened, 1)
         TraceOptions(threshold=self.threshold, share=self.share, rule=self.rule)
 
@@ -73,8 +111,14 @@ class SvtConfig:
         "With zeros and empty strings filled in."
         filled = {k: v for k, v in PAPER.items() if self.is_paper and not getattr(self, k)}
         n = filled.get("n_prompts") or self.n_prompts or 96
-        counts = {k: max(1, round(PAPER[k] * n / PAPER["n_prompts"])) for k in ("min_count", "skeleton_count") if not getattr(self, k)}
-        return replace(self, **{"n_prompts": n, **counts, **{k: v for k, v in filled.items() if k in ("roots", "k_role")}})
+        counts = {
+            k: max(1, round(PAPER[k] * n / PAPER["n_prompts"]))
+            for k in ("min_count", "skeleton_count")
+            if not getattr(self, k)
+        }
+        return replace(
+            self, **{"n_prompts": n, **counts, **{k: v for k, v in filled.items() if k in ("roots", "k_role")}}
+        )
 
     def options(self) -> TraceOptions:
         "How to trace."
@@ -91,14 +135,35 @@ _EDGE = ["upstream", "upstream_layer", "upstream_head", "layer", "head", "role"]
 
 def edge_effects(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     "Mean effects over prompts with intervals, a row for each edge of the graph and kind of intervention; `weight` is the mean contribution."
-    values, keys, rows = ["effect", "score_effect", "contribution", "cosine", "norm_ratio"], [*_EDGE, "action", "scope", "slices"], []
-    by_prompt = table.astype({"upstream": str, "role": str}).groupby([*keys, "prompt"], observed=True, sort=False)[values].mean().reset_index()
+    values, keys, rows = (
+        ["effect", "score_effect", "contribution", "cosine", "norm_ratio"],
+        [*_EDGE, "action", "scope", "slices"],
+        [],
+    )
+    by_prompt = (
+        table.astype({"upstream": str, "role": str})
+        .groupby([*keys, "prompt"], observed=True, sort=False)[values]
+        .mean()
+        .reset_index()
+    )
     for key, g in by_prompt.groupby(keys, observed=True, sort=False):
         effect, score = (bootstrap_ci(g[c].to_numpy(), n_resamples=400, seed=seed) for c in ("effect", "score_effect"))
-        rows.append(dict(zip(keys, key)) | dict(
-            edge=f"{key[0]} > {head_name(key[3], key[4])}@{key[5]}", n=len(g), weight=g["contribution"].mean(), cosine=g["cosine"].mean(),
-            norm_ratio=g["norm_ratio"].mean(), effect=effect.estimate, effect_low=effect.low, effect_high=effect.high,
-            score_effect=score.estimate, score_low=score.low, score_high=score.high))
+        rows.append(
+            dict(zip(keys, key))
+            | dict(
+                edge=f"{key[0]} > {head_name(key[3], key[4])}@{key[5]}",
+                n=len(g),
+                weight=g["contribution"].mean(),
+                cosine=g["cosine"].mean(),
+                norm_ratio=g["norm_ratio"].mean(),
+                effect=effect.estimate,
+                effect_low=effect.low,
+                effect_high=effect.high,
+                score_effect=score.estimate,
+                score_low=score.low,
+                score_high=score.high,
+            )
+        )
     return pd.DataFrame(rows)
 
 
@@ -113,22 +178,25 @@ def heaviest(edges: pd.DataFrame, graph: nx.DiGraph, n_edges: int) -> pd.DataFra
 @dataclass(frozen=True)
 class SvtResult:
     "A trace and the tests of its edges."
-    config: SvtConfig                        # resolved
+
+    config: SvtConfig  # resolved
     info: ModelInfo
     roots: list[tuple[int, int]]
-    edges: pd.DataFrame                      # one row a firing and upstream head
+    edges: pd.DataFrame  # one row a firing and upstream head
     firings: pd.DataFrame
     graph: nx.DiGraph
-    interventions: pd.DataFrame              # one row an edge, prompt and kind
-    effects: pd.DataFrame                    # the same over prompts
-    sets: pd.DataFrame                       # sets of edges, each alone and together
-    reason: str = ""                         # why nothing could be traced
+    interventions: pd.DataFrame  # one row an edge, prompt and kind
+    effects: pd.DataFrame  # the same over prompts
+    sets: pd.DataFrame  # sets of edges, each alone and together
+    reason: str = ""  # why nothing could be traced
 
 
 def _untraced(cfg: SvtConfig, info: ModelInfo, reason: str) -> SvtResult:
     "The result for a model in which no head qualifies as a root: a valid, empty graph."
     edges = pd.DataFrame({c: [] for c in EDGE_COLUMNS})
-    firing = pd.DataFrame({c: [] for c in ("prompt", "layer", "head", "q_pos", "k_pos", "attention", "n_slices", "root")})
+    firing = pd.DataFrame(
+        {c: [] for c in ("prompt", "layer", "head", "q_pos", "k_pos", "attention", "n_slices", "root")}
+    )
     return SvtResult(cfg, info, [], edges, firing, trace_graph(edges), *(pd.DataFrame() for _ in range(3)), reason)
 
 
@@ -137,17 +205,35 @@ def analyse(cfg: SvtConfig, model: Any = None) -> SvtResult:
     model = load_model(cfg.model_name, cfg.revision or None, processing=cfg.processing) if model is None else model
     cfg = cfg.resolved()
     batch = cfg.batch(model)
-    try: roots = cfg.roots or find_roots(model, batch, cfg.options())
-    except ValueError as e: return _untraced(cfg, model_info(model), str(e))
+    try:
+        roots = cfg.roots or find_roots(model, batch, cfg.options())
+    except ValueError as e:
+        return _untraced(cfg, model_info(model), str(e))
     edges, firing = trace_tables(model, batch, roots, cfg.options())
     graph = trace_graph(edges, cfg.min_count)
     rows = heaviest(edges, graph, cfg.n_edges)
     rows = rows[rows["prompt"] < cfg.n_intervened]
     table = edge_interventions(model, batch, rows, seed=cfg.seed, rule=cfg.rule)
     local = [("ablate", "local", "traced"), ("boost", "local", "traced")]
-    sets = set_interventions(model, batch, rows, edge_sets(rows), kinds=local, rule=cfg.rule) if len(rows) else pd.DataFrame()
-    root_list = list(firing.loc[firing["root"].astype(bool), ["layer", "head"]].drop_duplicates().itertuples(index=False, name=None))
-    return SvtResult(cfg, model_info(model), root_list, edges, firing, graph, table, edge_effects(table, cfg.seed) if len(table) else pd.DataFrame(), sets)
+    sets = (
+        set_interventions(model, batch, rows, edge_sets(rows), kinds=local, rule=cfg.rule)
+        if len(rows)
+        else pd.DataFrame()
+    )
+    root_list = list(
+        firing.loc[firing["root"].astype(bool), ["layer", "head"]].drop_duplicates().itertuples(index=False, name=None)
+    )
+    return SvtResult(
+        cfg,
+        model_info(model),
+        root_list,
+        edges,
+        firing,
+        graph,
+        table,
+        edge_effects(table, cfg.seed) if len(table) else pd.DataFrame(),
+        sets,
+    )
 
 
 def run(cfg: SvtConfig, model: Any = None) -> pd.DataFrame:
@@ -162,14 +248,28 @@ def long_table(result: SvtResult) -> pd.DataFrame:
         at = dict(layer=e.layer, head=e.head, upstream=e.upstream, role=e.role, token=e.token)
         rows += [at | dict(metric=f"edge_{m}", value=getattr(e, m), n=e.count) for m in ("count", "total", "weight")]
     for e in result.effects.itertuples():
-        at, kind = dict(layer=e.layer, head=e.head, upstream=e.upstream, role=e.role, n=e.n), f"{e.action}_{e.scope}_{e.slices}"
-        rows += [at | dict(metric=f"{kind}_effect", value=e.effect, ci_low=e.effect_low, ci_high=e.effect_high),
-                 at | dict(metric=f"{kind}_score", value=e.score_effect, ci_low=e.score_low, ci_high=e.score_high)]
-    for e in result.firings.groupby(["layer", "head"]).agg(n=("prompt", "nunique"), slices=("n_slices", "median")).reset_index().itertuples():
+        at, kind = (
+            dict(layer=e.layer, head=e.head, upstream=e.upstream, role=e.role, n=e.n),
+            f"{e.action}_{e.scope}_{e.slices}",
+        )
+        rows += [
+            at | dict(metric=f"{kind}_effect", value=e.effect, ci_low=e.effect_low, ci_high=e.effect_high),
+            at | dict(metric=f"{kind}_score", value=e.score_effect, ci_low=e.score_low, ci_high=e.score_high),
+        ]
+    for e in (
+        result.firings.groupby(["layer", "head"])
+        .agg(n=("prompt", "nunique"), slices=("n_slices", "median"))
+        .reset_index()
+        .itertuples()
+    ):
         rows.append(dict(layer=e.layer, head=e.head, metric="median_slices", value=e.slices, n=e.n))
     info = result.info
-    table = pd.DataFrame(rows, columns=["layer", "head", "upstream", "role", "token", "metric", "value", "ci_low", "ci_high", "n"])
-    front = dict(model=info.name, revision=info.revision, tokens=info.tokens, processing=info.processing, task=result.config.task)
+    table = pd.DataFrame(
+        rows, columns=["layer", "head", "upstream", "role", "token", "metric", "value", "ci_low", "ci_high", "n"]
+    )
+    front = dict(
+        model=info.name, revision=info.revision, tokens=info.tokens, processing=info.processing, task=result.config.task
+    )
     return pd.DataFrame({k: [v] * len(table) for k, v in front.items()}).join(table)
 
 # %% ../nbs/12_svt.ipynb #12-019
@@ -182,8 +282,14 @@ def _share_claim(effects: pd.DataFrame, action: str, scope: str, column: str, wh
     side, sign = ("high", -1) if action == "ablate" else ("low", 1)
     hits = {s: (sign * _kind(effects, action, scope, s)[f"{column}_{side}"] > 0) for s in ("traced", "random")}
     share, control = (wilson(int(h.sum()), len(h)) for h in hits.values())
-    return dict(claim=f"{action} ({scope}) {'lowers' if sign < 0 else 'raises'} the {what}", effect=share, holds=bool(share.low > max(0.5, control.estimate)),
-                unit="share of edges", n=len(hits["traced"]), note=f"random slices: {control.estimate:.2f}")
+    return dict(
+        claim=f"{action} ({scope}) {'lowers' if sign < 0 else 'raises'} the {what}",
+        effect=share,
+        holds=bool(share.low > max(0.5, control.estimate)),
+        unit="share of edges",
+        n=len(hits["traced"]),
+        note=f"random slices: {control.estimate:.2f}",
+    )
 
 
 def _either_way_claims(effects: pd.DataFrame, seed: int = 0) -> list[dict]:
@@ -193,19 +299,49 @@ def _either_way_claims(effects: pd.DataFrame, seed: int = 0) -> list[dict]:
     share, control = (wilson(int(m.sum()), len(m)) for m in moved.values())
     more = (kinds["traced"]["effect"].abs() - kinds["random"]["effect"].abs()).to_numpy()
     more = bootstrap_ci(more, seed=seed)
-    return [dict(claim="ablate (local) moves the logit difference, either way", effect=share, holds=bool(share.low > max(0.5, control.estimate)),
-                 unit="share of edges", n=len(moved["traced"]), note=f"random slices: {control.estimate:.2f}"),
-            dict(claim="traced slices move the logit difference more than random ones", effect=more, holds=bool(more.low > 0), unit="logits, absolute, an edge",
-                 n=len(kinds["traced"]))]
+    return [
+        dict(
+            claim="ablate (local) moves the logit difference, either way",
+            effect=share,
+            holds=bool(share.low > max(0.5, control.estimate)),
+            unit="share of edges",
+            n=len(moved["traced"]),
+            note=f"random slices: {control.estimate:.2f}",
+        ),
+        dict(
+            claim="traced slices move the logit difference more than random ones",
+            effect=more,
+            holds=bool(more.low > 0),
+            unit="logits, absolute, an edge",
+            n=len(kinds["traced"]),
+        ),
+    ]
 
 
 def _rank_claim(effects: pd.DataFrame, column: str, what: str, seed: int = 0) -> dict:
     "Spearman correlation over edges of weight and harm of the local ablation."
     rows = _kind(effects, "ablate", "local")
     x, y = rows["weight"].to_numpy(), -rows[column].to_numpy()
-    def rho(i): return stats.spearmanr(x[i.astype(int)], y[i.astype(int)]).statistic if np.ptp(x[i.astype(int)]) > 0 and np.ptp(y[i.astype(int)]) > 0 else 0.0
-    value = bootstrap_ci(np.arange(len(x)), rho, n_resamples=400, seed=seed) if len(x) > 3 else Interval(float("nan"), -np.inf, np.inf)
-    return dict(claim=f"heavier edges do more harm to the {what}", effect=value, holds=bool(value.low > 0), unit="Spearman rho", n=len(x))
+
+    def rho(i):
+        return (
+            stats.spearmanr(x[i.astype(int)], y[i.astype(int)]).statistic
+            if np.ptp(x[i.astype(int)]) > 0 and np.ptp(y[i.astype(int)]) > 0
+            else 0.0
+        )
+
+    value = (
+        bootstrap_ci(np.arange(len(x)), rho, n_resamples=400, seed=seed)
+        if len(x) > 3
+        else Interval(float("nan"), -np.inf, np.inf)
+    )
+    return dict(
+        claim=f"heavier edges do more harm to the {what}",
+        effect=value,
+        holds=bool(value.low > 0),
+        unit="Spearman rho",
+        n=len(x),
+    )
 
 
 def _touch_claim(table: pd.DataFrame, column: str, limit: float, claim: str, published: str) -> dict:
@@ -213,28 +349,74 @@ def _touch_claim(table: pd.DataFrame, column: str, limit: float, claim: str, pub
     rows = table[(table["slices"] == "traced") & (table["action"] == "ablate") & (table["scope"] == "local")]
     hits = rows[column] > limit if column == "cosine" else (rows[column] - 1).abs() < limit
     share = wilson(int(hits.sum()), len(hits))
-    return dict(claim=claim, effect=share, holds=bool(share.low > 0.5), unit="share of edges x prompts", n=len(hits), published=published)
+    return dict(
+        claim=claim,
+        effect=share,
+        holds=bool(share.low > 0.5),
+        unit="share of edges x prompts",
+        n=len(hits),
+        published=published,
+    )
 
 
 def claims(result: SvtResult) -> pd.DataFrame:
     "The paper's statements on its edges, tested on this result; an empty trace gives an empty table."
     effects, table = result.effects, result.interventions
-    if effects.empty: return claims_table([])
-    kinds = [("ablate", "local", "score"), ("ablate", "local", "effect"), ("boost", "local", "score"), ("boost", "local", "effect"),
-             ("ablate", "global", "effect"), ("boost", "global", "effect")]
-    rows = [*(_share_claim(effects, *k, "downstream score" if k[2] == "score" else "logit difference") for k in kinds),
-            *_either_way_claims(effects, result.config.seed),
-            _rank_claim(effects, "score_effect", "downstream score"), _rank_claim(effects, "effect", "logit difference"),
-            _touch_claim(table, "cosine", 0.999, "an intervention hardly turns the residual (cosine > 0.999)", PUBLISHED["cosine"]),
-            _touch_claim(table, "norm_ratio", 0.01, "an intervention hardly changes the norm (< 1 %)", PUBLISHED["norm_change"])]
-    counts = [g.to_numpy(float) for _, g in result.firings.groupby("prompt")["n_slices"]]                # firings of a prompt go together
-    slices = bootstrap_ci(np.arange(len(counts)), lambda i: np.median(np.concatenate([counts[k] for k in i.astype(int)])), n_resamples=1000)
-    rows.append(dict(claim="few slices carry a firing", effect=slices, holds=bool(slices.high <= 3), unit="median slices", n=len(result.firings),
-                     published=PUBLISHED["slices"]))
-    for s in additivity(result.sets).query("action == 'ablate'").dropna(subset=["ratio"]).itertuples() if len(result.sets) else ():
-        rows.append(dict(claim=f"effects add up to a quarter: {s.set}", effect=Interval(s.ratio, s.ratio_low, s.ratio_high),
-                         holds=bool(s.ratio_low >= 0.75 and s.ratio_high <= 1.25), unit="together / sum of separate", n=s.n,
-                         note=f"correlation over prompts {s.correlation:.2f}"))
+    if effects.empty:
+        return claims_table([])
+    kinds = [
+        ("ablate", "local", "score"),
+        ("ablate", "local", "effect"),
+        ("boost", "local", "score"),
+        ("boost", "local", "effect"),
+        ("ablate", "global", "effect"),
+        ("boost", "global", "effect"),
+    ]
+    rows = [
+        *(_share_claim(effects, *k, "downstream score" if k[2] == "score" else "logit difference") for k in kinds),
+        *_either_way_claims(effects, result.config.seed),
+        _rank_claim(effects, "score_effect", "downstream score"),
+        _rank_claim(effects, "effect", "logit difference"),
+        _touch_claim(
+            table, "cosine", 0.999, "an intervention hardly turns the residual (cosine > 0.999)", PUBLISHED["cosine"]
+        ),
+        _touch_claim(
+            table, "norm_ratio", 0.01, "an intervention hardly changes the norm (< 1 %)", PUBLISHED["norm_change"]
+        ),
+    ]
+    counts = [
+        g.to_numpy(float) for _, g in result.firings.groupby("prompt")["n_slices"]
+    ]  # firings of a prompt go together
+    slices = bootstrap_ci(
+        np.arange(len(counts)),
+        lambda i: np.median(np.concatenate([counts[k] for k in i.astype(int)])),
+        n_resamples=1000,
+    )
+    rows.append(
+        dict(
+            claim="few slices carry a firing",
+            effect=slices,
+            holds=bool(slices.high <= 3),
+            unit="median slices",
+            n=len(result.firings),
+            published=PUBLISHED["slices"],
+        )
+    )
+    for s in (
+        additivity(result.sets).query("action == 'ablate'").dropna(subset=["ratio"]).itertuples()
+        if len(result.sets)
+        else ()
+    ):
+        rows.append(
+            dict(
+                claim=f"effects add up to a quarter: {s.set}",
+                effect=Interval(s.ratio, s.ratio_low, s.ratio_high),
+                holds=bool(s.ratio_low >= 0.75 and s.ratio_high <= 1.25),
+                unit="together / sum of separate",
+                n=s.n,
+                note=f"correlation over prompts {s.correlation:.2f}",
+            )
+        )
     return claims_table(rows)
 
 
@@ -244,28 +426,57 @@ def beside_published(result: SvtResult) -> pd.DataFrame:
     ours = dict(heads=len(graph_heads(bones)), slices=f"median {result.firings['n_slices'].median():.0f}")
     if result.config.is_paper:
         score = precision_recall(bones, IOI_CIRCUIT)
-        ours |= dict(found=score["n_found"], possible=score["n_known"], precision=round(score["precision"], 2), recall=round(score["recall"], 2))
+        ours |= dict(
+            found=score["n_found"],
+            possible=score["n_known"],
+            precision=round(score["precision"], 2),
+            recall=round(score["recall"], 2),
+        )
     if len(result.interventions):
         rows = result.interventions.query("slices == 'traced' and scope == 'local' and action == 'ablate'")
-        ours |= dict(cosine=f"median {rows['cosine'].median():.4f}", norm_change=f"median {100 * (rows['norm_ratio'] - 1).abs().median():.2f} %")
-    return pd.DataFrame([dict(quantity=k, ours=str(ours.get(k, "no published circuit of this model")), published=str(v)) for k, v in PUBLISHED.items()])
+        ours |= dict(
+            cosine=f"median {rows['cosine'].median():.4f}",
+            norm_change=f"median {100 * (rows['norm_ratio'] - 1).abs().median():.2f} %",
+        )
+    return pd.DataFrame(
+        [
+            dict(quantity=k, ours=str(ours.get(k, "no published circuit of this model")), published=str(v))
+            for k, v in PUBLISHED.items()
+        ]
+    )
 
 # %% ../nbs/12_svt.ipynb #12-021
-def threshold_table(cfg: SvtConfig, roots: Any, model: Any = None, shares: tuple = (0.5, 0.7, 0.9),
-                    thresholds: tuple = (0.3, 0.5, 0.7)) -> pd.DataFrame:
+def threshold_table(
+    cfg: SvtConfig, roots: Any, model: Any = None, shares: tuple = (0.5, 0.7, 0.9), thresholds: tuple = (0.3, 0.5, 0.7)
+) -> pd.DataFrame:
     "Size of the graph for each share and firing threshold, and the Jaccard overlap of its edges with the configured one's."
     model = load_model(cfg.model_name, cfg.revision or None, processing=cfg.processing) if model is None else model
     cfg = cfg.resolved()
     batch, sets, rows = cfg.batch(model), {}, []
     for threshold, share in {(cfg.threshold, cfg.share), *((t, s) for t in thresholds for s in shares)}:
-        try: graph = trace_graph(trace(model, batch, roots, cfg.options(), threshold=threshold, share=share), cfg.min_count)
-        except ValueError: graph = nx.DiGraph()                      # a root that never fires that strongly
-        sets[threshold, share] = set(communication_edges(graph)[["upstream", "downstream", "role"]].itertuples(index=False, name=None)) if len(graph) else set()
+        try:
+            graph = trace_graph(
+                trace(model, batch, roots, cfg.options(), threshold=threshold, share=share), cfg.min_count
+            )
+        except ValueError:
+            graph = nx.DiGraph()  # a root that never fires that strongly
+        sets[threshold, share] = (
+            set(communication_edges(graph)[["upstream", "downstream", "role"]].itertuples(index=False, name=None))
+            if len(graph)
+            else set()
+        )
     default = sets[cfg.threshold, cfg.share]
     for (threshold, share), found in sorted(sets.items()):
         union = found | default
-        rows.append(dict(threshold=threshold, share=share, n_edges=len(found), n_heads=len({h for u, d, _ in found for h in (u, d)}),
-                         jaccard=len(found & default) / len(union) if union else 1.0))
+        rows.append(
+            dict(
+                threshold=threshold,
+                share=share,
+                n_edges=len(found),
+                n_heads=len({h for u, d, _ in found for h in (u, d)}),
+                jaccard=len(found & default) / len(union) if union else 1.0,
+            )
+        )
     return pd.DataFrame(rows)
 
 

@@ -1,4 +1,5 @@
 "A notebook of about a second that writes down when it starts and ends, and can misbehave on request."
+
 import os
 import subprocess
 import sys
@@ -8,14 +9,14 @@ from pathlib import Path
 import nbformat
 
 PARAMETERS = 'x: int = 1\nwait = 0.0\nmode = "ok"\nlog = ""\nout_dir = ""\n'
-START = '''
+START = """
 import os, signal, sys, time
 import pandas as pd
 def note(word):
     with open(log, "a") as stream: stream.write(f"{word} {x} {os.getpid()} {time.time()}\\n")
 if log: note("start")
-'''
-BEHAVE = '''
+"""
+BEHAVE = """
 time.sleep(wait)
 if mode == "raise": raise RuntimeError(f"x={x} is not liked")
 if mode == "raise unless mended" and not os.path.exists(log + ".mended"): raise RuntimeError("not mended")
@@ -30,13 +31,13 @@ if mode == "shot once" and not os.path.exists(log + ".shot"):
     open(log + ".shot", "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "shot": os.kill(os.getpid(), signal.SIGKILL)
-'''
-TABLE = '''
+"""
+TABLE = """
 if mode != "no table":
     facts = {"square": x * x, "threads": int(os.environ.get("OMP_NUM_THREADS", 0))}
     pd.DataFrame({"metric": list(facts), "value": list(facts.values())}).to_parquet(os.path.join(out_dir, "table.parquet"))
 if log: note("end")
-'''
+"""
 
 
 def write_toy(folder: Path, parameters: str = PARAMETERS) -> Path:
@@ -44,7 +45,12 @@ def write_toy(folder: Path, parameters: str = PARAMETERS) -> Path:
     tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
     path = folder / "90_toy.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[tagged, *map(nbformat.v4.new_code_cell, (START, BEHAVE, TABLE))], metadata=kernel), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=[tagged, *map(nbformat.v4.new_code_cell, (START, BEHAVE, TABLE))], metadata=kernel
+        ),
+        path,
+    )
     return path
 
 
@@ -55,20 +61,29 @@ def noted(log: Path) -> list[tuple[str, int, int, float]]:
 
 
 # the working copy may be edited while the tests run; the code's version must not change between a kill and the resume
-CODE = ("import sys, spectral_nb.sweep_spec as spec; spec.code_version = lambda *_: 'fixed'; "
-        "from spectral_nb.sweep_executors import ClusterExecutor; ClusterExecutor.check_code = lambda self: None; "
-        "from spectral_nb.sweeps import main; sys.exit(main())")
+CODE = (
+    "import sys, spectral_nb.sweeps.spec as spec; spec.code_version = lambda *_: 'fixed'; "
+    "from spectral_nb.sweeps.executors import ClusterExecutor; ClusterExecutor.check_code = lambda self: None; "
+    "from spectral_nb.sweeps.command import main; sys.exit(main())"
+)
 
 
 def start_sweep(*arguments, **options) -> subprocess.Popen:
     "`spectral-sweep` with these arguments, as the leader of a process group of its own."
-    return subprocess.Popen([sys.executable, "-c", CODE, *map(str, arguments)], start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, *map(str, arguments)],
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
     "Exit code and everything the process said."
-    try: said, _ = process.communicate(timeout=timeout)
+    try:
+        said, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         raise

@@ -1,4 +1,5 @@
 "Ablation, matched random sets, exact statistics."
+
 import itertools
 import math
 
@@ -7,12 +8,25 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, random_tokens, tiny_hf
 
-from spectral_nb.causal import (
-    Interval, ablate_heads, ablated_values, ablation_test, bootstrap_ci, claims_table, evaluate, exact_p, matched_random,
-    metric_values, permutation_p, reference_outputs, single_heads, verdict, wilson,
+from spectral_nb.causal.ablation import (
+    Interval,
+    ablate_heads,
+    ablated_values,
+    ablation_test,
+    bootstrap_ci,
+    claims_table,
+    evaluate,
+    exact_p,
+    matched_random,
+    metric_values,
+    permutation_p,
+    reference_outputs,
+    single_heads,
+    verdict,
+    wilson,
 )
-from spectral_nb.models import from_hf
-from spectral_nb.tasks import PromptBatch
+from spectral_nb.models.loading import from_hf
+from spectral_nb.prompts.tasks import PromptBatch
 
 
 def toy_batch(n=24, length=10, pad=3, seed=0):
@@ -20,11 +34,14 @@ def toy_batch(n=24, length=10, pad=3, seed=0):
     tokens = random_tokens(n, length, seed)
     lengths = torch.tensor([length - i % (pad + 1) for i in range(n)])
     mask = torch.arange(length) < lengths[:, None]
-    return PromptBatch("toy", tokens * mask, mask, {"end": lengths - 1}, torch.arange(n) + 1, torch.arange(n) + 2, [""] * n, 0)
+    return PromptBatch(
+        "toy", tokens * mask, mask, {"end": lengths - 1}, torch.arange(n) + 1, torch.arange(n) + 2, [""] * n, 0
+    )
 
 
 def logits_of(model, tokens):
-    with torch.no_grad(): return model(tokens)
+    with torch.no_grad():
+        return model(tokens)
 
 
 @pytest.mark.parametrize("processing", ["raw", "folded"])
@@ -34,12 +51,14 @@ def test_zeroing_equals_subtracting_what_the_heads_write(tiny_model, architectur
     base = logits_of(model, tokens)
     for layer in range(2):
         name = f"blocks.{layer}.attn.hook_z"
-        with torch.no_grad(): _, cache = model.run_with_cache(tokens, names_filter=[name])
+        with torch.no_grad():
+            _, cache = model.run_with_cache(tokens, names_filter=[name])
         W_O = model.blocks[layer].attn.W_O
         written = sum(cache[name][:, :, h] @ W_O[h] for h in (0, 2))
         with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_attn_out", lambda out, hook, w=written: out - w)]):
             expected = logits_of(model, tokens)
-        with ablate_heads(model, [(layer, 0), (layer, 2)]): found = logits_of(model, tokens)
+        with ablate_heads(model, [(layer, 0), (layer, 2)]):
+            found = logits_of(model, tokens)
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
         assert (found - base).abs().max() > 1e-3
         assert torch.equal(logits_of(model, tokens), base)
@@ -51,7 +70,8 @@ def test_model_is_restored_bit_for_bit_also_after_an_exception(tiny_model):
     calls, base = [], logits_of(model, tokens)
     own = model.blocks[0].attn.hook_z
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: calls.append(1))]):
-        with pytest.raises(KeyboardInterrupt), ablate_heads(model, "L0H1 L1H0"): raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt), ablate_heads(model, "L0H1 L1H0"):
+            raise KeyboardInterrupt
         logits_of(model, tokens)
     assert calls == [1], "a hook that the caller had set must survive"
     assert torch.equal(logits_of(model, tokens), base)
@@ -61,26 +81,34 @@ def test_model_is_restored_bit_for_bit_also_after_an_exception(tiny_model):
 
 def test_nested_ablations_add_up(tiny_model):
     model, tokens = tiny_model("llama"), random_tokens()
-    with ablate_heads(model, "L0H1"), ablate_heads(model, "L0H2"): nested = logits_of(model, tokens)
-    with ablate_heads(model, "L0H1 L0H2"): together = logits_of(model, tokens)
+    with ablate_heads(model, "L0H1"), ablate_heads(model, "L0H2"):
+        nested = logits_of(model, tokens)
+    with ablate_heads(model, "L0H1 L0H2"):
+        together = logits_of(model, tokens)
     assert torch.equal(nested, together)
 
 
 def test_mean_ablation_uses_real_tokens_only(tiny_model):
     model, batch = tiny_model("gpt2"), toy_batch()
     reference = reference_outputs(model, batch, batch_size=7)
-    with torch.no_grad(): _, cache = model.run_with_cache(batch.tokens, names_filter=["blocks.1.attn.hook_z"])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch.tokens, names_filter=["blocks.1.attn.hook_z"])
     torch.testing.assert_close(reference.mean[1], cache["blocks.1.attn.hook_z"][batch.attention_mask].mean(0))
     seen = []
-    with ablate_heads(model, "L1H2", "mean", reference), model.hooks(
-            fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: seen.append(z.clone()))]):
+    with (
+        ablate_heads(model, "L1H2", "mean", reference),
+        model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: seen.append(z.clone()))]),
+    ):
         logits_of(model, batch.tokens)
     torch.testing.assert_close(seen[0][:, :, 2], reference.mean[1, 2].expand_as(seen[0][:, :, 2]))
 
 
 def test_resampling_takes_one_donor_for_all_heads_and_repeats(tiny_model):
     model, batch = tiny_model("gpt2"), toy_batch()
-    values = [ablated_values(model, batch, "L0H0 L1H1", "logit_diff", mode="resample", reference=batch, seed=s) for s in (1, 1, 2)]
+    values = [
+        ablated_values(model, batch, "L0H0 L1H1", "logit_diff", mode="resample", reference=batch, seed=s)
+        for s in (1, 1, 2)
+    ]
     assert np.array_equal(values[0], values[1]) and not np.array_equal(values[0], values[2])
     # resampling all heads of layer 0 and 1 from a reference of one prompt makes attention the same everywhere
     one = batch.subset([0])
@@ -91,14 +119,22 @@ def test_resampling_takes_one_donor_for_all_heads_and_repeats(tiny_model):
     torch.testing.assert_close(out, out[:1].expand_as(out))
 
 
-@pytest.mark.parametrize(("heads", "mode", "message"), [
-    ("L0H1 L0H1", "zero", "more than once"), ("L5H0", "zero", "L5H0"), ("L0H4", "zero", "L0H4"),
-    ("L0H1", "zer", "did you mean 'zero'"), ("L0H1", "mean", "reference"), ("x", "zero", "L9H6"),
-])
+@pytest.mark.parametrize(
+    ("heads", "mode", "message"),
+    [
+        ("L0H1 L0H1", "zero", "more than once"),
+        ("L5H0", "zero", "L5H0"),
+        ("L0H4", "zero", "L0H4"),
+        ("L0H1", "zer", "did you mean 'zero'"),
+        ("L0H1", "mean", "reference"),
+        ("x", "zero", "L9H6"),
+    ],
+)
 def test_bad_ablations_are_refused_and_leave_nothing(tiny_model, heads, mode, message):
     model, tokens = tiny_model("gpt2"), random_tokens()
     base = logits_of(model, tokens)
-    with pytest.raises(ValueError, match=message), ablate_heads(model, heads, mode): pass
+    with pytest.raises(ValueError, match=message), ablate_heads(model, heads, mode):
+        pass
     assert torch.equal(logits_of(model, tokens), base)
 
 
@@ -108,7 +144,9 @@ def test_metrics_by_hand():
     logits[1, 2] = torch.tensor([5.0, 1.0, 2.0, 0.0])
     tokens = torch.tensor([[0, 1, 0], [0, 2, 3]])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    batch = PromptBatch("toy", tokens, mask, {"end": torch.tensor([1, 2])}, torch.tensor([1, 1]), torch.tensor([2, 3]), ["", ""], 0)
+    batch = PromptBatch(
+        "toy", tokens, mask, {"end": torch.tensor([1, 2])}, torch.tensor([1, 1]), torch.tensor([2, 3]), ["", ""], 0
+    )
     assert metric_values(logits, batch, "logit_diff").tolist() == [2, 1]
     assert metric_values(logits, batch, "accuracy").tolist() == [1, 0]
     assert metric_values(logits, batch, "accuracy_vs_rival").tolist() == [1, 1]
@@ -116,15 +154,26 @@ def test_metrics_by_hand():
     np.testing.assert_allclose(metric_values(logits, batch, "answer_logprob"), expected, rtol=1e-6)
     np.testing.assert_allclose(metric_values(logits, batch, "loss"), [math.log(4), math.log(4)], rtol=1e-6)
     assert metric_values(logits, batch, lambda x, b: x[:, 0, 0] + 1).tolist() == [1, 1]
-    with pytest.raises(ValueError, match="did you mean"): metric_values(logits, batch, "accurcy")
+    with pytest.raises(ValueError, match="did you mean"):
+        metric_values(logits, batch, "accurcy")
 
 
 def test_padding_does_not_change_a_metric(tiny_model):
     model, batch = tiny_model("llama"), toy_batch()
-    other = PromptBatch("toy", torch.where(batch.attention_mask, batch.tokens, 5), batch.attention_mask, batch.positions, batch.answer,
-                        batch.wrong, batch.text, 5)
+    other = PromptBatch(
+        "toy",
+        torch.where(batch.attention_mask, batch.tokens, 5),
+        batch.attention_mask,
+        batch.positions,
+        batch.answer,
+        batch.wrong,
+        batch.text,
+        5,
+    )
     for metric in ("logit_diff", "loss"):
-        np.testing.assert_allclose(evaluate(model, batch, metric), evaluate(model, other, metric, batch_size=5), atol=1e-5)
+        np.testing.assert_allclose(
+            evaluate(model, batch, metric), evaluate(model, other, metric, batch_size=5), atol=1e-5
+        )
 
 
 def test_matched_sets_have_the_same_layers_and_avoid_the_picks():
@@ -147,13 +196,14 @@ def test_too_many_matched_draws_says_how_many_there_are_and_uses_all():
 def test_matched_sets_are_uniform():
     counts = {}
     for seed in range(600):
-        draw, = matched_random([(0, 0), (0, 1)], 1, seed, n_heads=6)
+        (draw,) = matched_random([(0, 0), (0, 1)], 1, seed, n_heads=6)
         counts[tuple(draw)] = counts.get(tuple(draw), 0) + 1
     assert len(counts) == math.comb(4, 2) and min(counts.values()) > 60
 
 
 def test_a_whole_layer_has_no_matched_set():
-    with pytest.warns(UserWarning, match="only 0 matched sets"): assert matched_random("L0H0 L0H1 L0H2", 5, 0, n_heads=4) == []
+    with pytest.warns(UserWarning, match="only 0 matched sets"):
+        assert matched_random("L0H0 L0H1 L0H2", 5, 0, n_heads=4) == []
     assert len(matched_random("L0H0 L0H1 L0H2", 5, 0, n_heads=4, n_layers=3, match="model")) == 5
 
 
@@ -168,12 +218,17 @@ def test_ablation_test_is_consistent(tiny_model):
     result = ablation_test(model, batch, "L1H0", "logit_diff", n_draws=3, seed=1)
     base, without = evaluate(model, batch, "logit_diff"), ablated_values(model, batch, "L1H0", "logit_diff")
     assert result.effect.estimate == pytest.approx((base - without).mean())
-    assert {h for (_, h), in result.draws} == {1, 2, 3} and {ly for (ly, _), in result.draws} == {1}
+    assert {h for ((_, h),) in result.draws} == {1, 2, 3} and {ly for ((ly, _),) in result.draws} == {1}
     assert result.p == pytest.approx(result.rank / 4) == exact_p(result.effect.estimate, result.draw_effects)
     table = result.table()
-    assert table.condition.tolist() == ["baseline", "set", "draw", "draw", "draw", "layers"] and result.row()["n_draws"] == 3
+    assert (
+        table.condition.tolist() == ["baseline", "set", "draw", "draw", "draw", "layers"]
+        and result.row()["n_draws"] == 3
+    )
     loss = ablation_test(model, batch, "L1H0", "loss", draws=[[(1, 1)]])
-    assert loss.effect.estimate == pytest.approx((ablated_values(model, batch, "L1H0", "loss") - evaluate(model, batch, "loss")).mean())
+    assert loss.effect.estimate == pytest.approx(
+        (ablated_values(model, batch, "L1H0", "loss") - evaluate(model, batch, "loss")).mean()
+    )
 
 
 def test_single_heads_find_the_only_head_that_writes():
@@ -193,20 +248,25 @@ def test_exact_p_counts_ranks():
         assert exact_p(effect, draws) == (1 + sum(d >= effect for d in draws)) / 10
         assert exact_p(effect, draws, "less") == (1 + sum(d <= effect for d in draws)) / 10
     assert exact_p(1.0, []) == 1.0
-    with pytest.raises(ValueError, match="finite"): exact_p(float("nan"), [1.0])
+    with pytest.raises(ValueError, match="finite"):
+        exact_p(float("nan"), [1.0])
 
 
 def test_permutation_p_equals_enumeration():
     a, b = [3.0, 5.0, 4.0], [1.0, 4.0, 2.0, 2.5]
     pooled, observed = a + b, np.mean(a) - np.mean(b)
     splits = [set(c) for c in itertools.combinations(range(7), 3)]
-    difference = [np.mean([pooled[i] for i in s]) - np.mean([pooled[i] for i in range(7) if i not in s]) for s in splits]
+    difference = [
+        np.mean([pooled[i] for i in s]) - np.mean([pooled[i] for i in range(7) if i not in s]) for s in splits
+    ]
     expected = np.mean(np.array(difference) >= observed - 1e-12)
     assert permutation_p(a, b) == pytest.approx(expected)
     x, y = [2.0, 1.0, 4.0, 3.0], [1.0, 1.5, 2.0, 0.5]
     signs = itertools.product([1, -1], repeat=4)
     gaps = [np.mean(np.array(s) * (np.array(x) - np.array(y))) for s in signs]
-    assert permutation_p(x, y, paired=True) == pytest.approx(np.mean(np.array(gaps) >= np.mean(np.array(x) - np.array(y)) - 1e-12))
+    assert permutation_p(x, y, paired=True) == pytest.approx(
+        np.mean(np.array(gaps) >= np.mean(np.array(x) - np.array(y)) - 1e-12)
+    )
 
 
 def test_intervals_cover_at_their_level():
@@ -226,14 +286,17 @@ def test_grouped_bootstrap_treats_a_seed_as_one_observation():
     ci, naive = bootstrap_ci(values, groups=seeds), bootstrap_ci(values)
     assert ci.estimate == naive.estimate == 2 and ci.high - ci.low > 2 * (naive.high - naive.low)
     assert math.isinf(bootstrap_ci([1.0, 2.0], groups=[3, 3]).high)
-    with pytest.raises(ValueError, match="groups"): bootstrap_ci([1.0, 2.0], groups=[1])
-    with pytest.raises(ValueError, match="level"): bootstrap_ci([1.0, 2.0], level=95)
+    with pytest.raises(ValueError, match="groups"):
+        bootstrap_ci([1.0, 2.0], groups=[1])
+    with pytest.raises(ValueError, match="level"):
+        bootstrap_ci([1.0, 2.0], level=95)
 
 
 def test_claims_table_refuses_unknown_columns():
     table = claims_table([{"claim": "a", "effect": Interval(1, 0, 2), "holds": None, "n": 4}])
     assert table.ci_high[0] == 2 and table.holds.isna()[0] and table.n[0] == 4
-    with pytest.raises(ValueError, match="effct"): claims_table([{"claim": "a", "effct": 1, "holds": True, "effect": 0}])
+    with pytest.raises(ValueError, match="effct"):
+        claims_table([{"claim": "a", "effct": 1, "holds": True, "effect": 0}])
 
 
 def test_verdict_needs_controls_and_an_interval():
@@ -246,5 +309,6 @@ def test_verdict_needs_controls_and_an_interval():
 def test_non_finite_models_are_refused(tiny_model):
     model, batch = tiny_model("gpt2"), toy_batch()
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * float("nan"))]):
-        with pytest.raises(ValueError, match="not finite"): evaluate(model, batch, "logit_diff")
+        with pytest.raises(ValueError, match="not finite"):
+            evaluate(model, batch, "logit_diff")
     assert D_VOCAB > batch.tokens.max()

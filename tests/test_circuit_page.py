@@ -1,4 +1,5 @@
 "The circuit page: its numbers against the trace's, and its behaviour in a browser without a network."
+
 import json
 import re
 import time
@@ -9,40 +10,75 @@ import pytest
 import torch
 from conftest import horizontal_overflow
 
-from spectral_nb.circuit_page import circuit_data, circuit_page, layout, main
-from spectral_nb.planted import planted
-from spectral_nb.prompts import PromptBatch
-from spectral_nb.trace_graphs import read_graph, trace_graph
-from spectral_nb.tracing import trace
+from spectral_nb.views.circuits import circuit_data, circuit_page, layout, main
+from spectral_nb.models.planted import planted
+from spectral_nb.prompts.batches import PromptBatch
+from spectral_nb.tracing.graphs import read_graph, trace_graph
+from spectral_nb.tracing.recursion import trace
 
 NASTY = "</script><img src=x onerror=document.title='broken'>"
 
 
 class Words:
     "A tokenizer of 40 words, one of which is an attack."
-    def convert_ids_to_tokens(self, ids): return [f"Ġ{self.decode([i])}" for i in ids]
-    def decode(self, ids): return " ".join(NASTY if i == 7 else f"w{i}" for i in ids)
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"Ġ{self.decode([i])}" for i in ids]
+
+    def decode(self, ids):
+        return " ".join(NASTY if i == 7 else f"w{i}" for i in ids)
 
 
-def made_up(n_edges: int, n_prompts: int = 6, n_layers: int = 8, n_heads: int = 8, seed: int = 0) -> tuple[pd.DataFrame, PromptBatch]:
+def made_up(
+    n_edges: int, n_prompts: int = 6, n_layers: int = 8, n_heads: int = 8, seed: int = 0
+) -> tuple[pd.DataFrame, PromptBatch]:
     "A trace with that many distinct edges, each in a random number of prompts, and its batch."
     rng = np.random.default_rng(seed)
     roles, rows, seen = {"name": 2, "verb": 5, "end": 9}, [], set()
     while len(seen) < n_edges:
         layer, head, up = int(rng.integers(1, n_layers)), int(rng.integers(n_heads)), int(rng.integers(n_heads))
         up_layer, role = int(rng.integers(layer)), str(rng.choice(list(roles)))
-        if (key := (layer, head, up_layer, up, role)) in seen: continue
+        if (key := (layer, head, up_layer, up, role)) in seen:
+            continue
         seen.add(key)
         source = role != "end"
-        for prompt in rng.permutation(n_prompts)[:int(rng.integers(1, n_prompts + 1))]:
-            rows.append(dict(prompt=int(prompt), layer=layer, head=head, q_pos=9, k_pos=roles[role] if source else 2,
-                             token="source" if source else "destination", position=roles[role], upstream=f"L{up_layer}H{up}", upstream_layer=up_layer,
-                             upstream_head=up, contribution=float(rng.uniform(0.1, 3)), share=float(rng.uniform(0.05, 1)),
-                             n_slices=int(rng.integers(1, 6)), attention=0.8, role=role, q_role="end",
-                             k_role=role if source else "name", model="made-up", revision="main", processing="folded", weights_hash="0"))
+        for prompt in rng.permutation(n_prompts)[: int(rng.integers(1, n_prompts + 1))]:
+            rows.append(
+                dict(
+                    prompt=int(prompt),
+                    layer=layer,
+                    head=head,
+                    q_pos=9,
+                    k_pos=roles[role] if source else 2,
+                    token="source" if source else "destination",
+                    position=roles[role],
+                    upstream=f"L{up_layer}H{up}",
+                    upstream_layer=up_layer,
+                    upstream_head=up,
+                    contribution=float(rng.uniform(0.1, 3)),
+                    share=float(rng.uniform(0.05, 1)),
+                    n_slices=int(rng.integers(1, 6)),
+                    attention=0.8,
+                    role=role,
+                    q_role="end",
+                    k_role=role if source else "name",
+                    model="made-up",
+                    revision="main",
+                    processing="folded",
+                    weights_hash="0",
+                )
+            )
     tokens = torch.arange(12).repeat(n_prompts, 1)
-    batch = PromptBatch("demo", tokens, torch.ones_like(tokens, dtype=torch.bool), {r: torch.full((n_prompts,), p) for r, p in roles.items()},
-                        None, None, ["x"] * n_prompts, 0)
+    batch = PromptBatch(
+        "demo",
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
+        {r: torch.full((n_prompts,), p) for r, p in roles.items()},
+        None,
+        None,
+        ["x"] * n_prompts,
+        0,
+    )
     return pd.DataFrame(rows), batch
 
 
@@ -50,15 +86,33 @@ def made_up(n_edges: int, n_prompts: int = 6, n_layers: int = 8, n_heads: int = 
 def small(tmp_path_factory):
     edges, batch = made_up(24, n_layers=4, n_heads=4)
     first = edges.iloc[0]
-    effects = pd.DataFrame([dict(upstream=first.upstream, layer=first.layer, head=first["head"], role=first.role, prompt=p, action="ablate", scope="local",
-                                 slices="traced", effect=e) for p, e in ((0, -1.0), (1, -2.0))])
-    return edges, circuit_page(edges, batch, Words(), tmp_path_factory.mktemp("page") / "c.html", effects=effects, known_heads=[first.upstream])
+    effects = pd.DataFrame(
+        [
+            dict(
+                upstream=first.upstream,
+                layer=first.layer,
+                head=first["head"],
+                role=first.role,
+                prompt=p,
+                action="ablate",
+                scope="local",
+                slices="traced",
+                effect=e,
+            )
+            for p, e in ((0, -1.0), (1, -2.0))
+        ]
+    )
+    return edges, circuit_page(
+        edges, batch, Words(), tmp_path_factory.mktemp("page") / "c.html", effects=effects, known_heads=[first.upstream]
+    )
 
 
 def expected(edges: pd.DataFrame) -> pd.DataFrame:
     "Count and share of every edge, straight from the rows."
     whole = edges.assign(whole=edges["contribution"] / edges["share"])
-    table = whole.groupby(["upstream", "layer", "head", "role"]).agg(count=("prompt", "nunique"), total=("contribution", "sum"), whole=("whole", "sum"))
+    table = whole.groupby(["upstream", "layer", "head", "role"]).agg(
+        count=("prompt", "nunique"), total=("contribution", "sum"), whole=("whole", "sum")
+    )
     return table.assign(share=table["total"] / table["whole"])
 
 
@@ -71,7 +125,7 @@ def test_numbers_are_those_of_the_trace():
         row = table.loc[e["up"], layer, head, e["role"]]
         assert (e["count"], round(e["share"], 9)) == (row["count"], round(row["share"], 9))
         assert graph[e["up"]][f"{e['down']}@{e['role']}"]["count"] == e["count"]
-        assert sum(r[4] for r in e["rows"]) == pytest.approx(e["total"])                     # all prompts fit
+        assert sum(r[4] for r in e["rows"]) == pytest.approx(e["total"])  # all prompts fit
     for prompt, values in data["totals"].items():
         assert values.sum() == pytest.approx(edges.loc[edges["prompt"] == prompt, "contribution"].sum())
 
@@ -82,7 +136,9 @@ def test_a_real_trace_of_planted_circuits():
         p = planted(name, 5)
         edges = trace(p.model, p.batch, p.roots)
         data = circuit_data(edges, p.batch, None)
-        assert {(e["up"], e["down"], e["token"]) for e in data["edges"]} == {(f"L{u[0]}H{u[1]}", f"L{d[0]}H{d[1]}", t) for u, d, t in p.edges}
+        assert {(e["up"], e["down"], e["token"]) for e in data["edges"]} == {
+            (f"L{u[0]}H{u[1]}", f"L{d[0]}H{d[1]}", t) for u, d, t in p.edges
+        }
         assert {e["count"] for e in data["edges"]} == {5}
 
 
@@ -104,18 +160,41 @@ def test_nodes_never_overlap():
 
 def test_refusals_leave_no_file(tmp_path):
     edges, batch = made_up(5)
-    for change, words in ((dict(edges=edges[:0]), "nothing to show"), (dict(edges=edges.drop(columns="role")), "role"),
-                          (dict(batch=batch.subset([0])), "batch that was traced"), (dict(effects=pd.DataFrame({"x": [1]})), "effects"),
-                          (dict(path=tmp_path / "a.txt"), "html"), (dict(known_heads=["L1"]), "L1")):
+    for change, words in (
+        (dict(edges=edges[:0]), "nothing to show"),
+        (dict(edges=edges.drop(columns="role")), "role"),
+        (dict(batch=batch.subset([0])), "batch that was traced"),
+        (dict(effects=pd.DataFrame({"x": [1]})), "effects"),
+        (dict(path=tmp_path / "a.txt"), "html"),
+        (dict(known_heads=["L1"]), "L1"),
+    ):
         arguments = dict(edges=edges, batch=batch, tokenizer=Words(), path=tmp_path / "a.html") | change
-        with pytest.raises(ValueError, match=words): circuit_page(**arguments)
+        with pytest.raises(ValueError, match=words):
+            circuit_page(**arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command(tmp_path, capsys):
-    from spectral_nb.models import list_models
-    if "story-gpt2-s42" not in list_models(): pytest.skip("story-gpt2-s42 is not shipped")
-    assert main(["--model", "story-gpt2-s42", "--task", "retrieval", "--prompts", "6", "--interventions", "--out", str(tmp_path / "p.html")]) == 0
+    from spectral_nb.models.loading import list_models
+
+    if "story-gpt2-s42" not in list_models():
+        pytest.skip("story-gpt2-s42 is not shipped")
+    assert (
+        main(
+            [
+                "--model",
+                "story-gpt2-s42",
+                "--task",
+                "retrieval",
+                "--prompts",
+                "6",
+                "--interventions",
+                "--out",
+                str(tmp_path / "p.html"),
+            ]
+        )
+        == 0
+    )
     assert "6 prompts" in capsys.readouterr().out
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', (tmp_path / "p.html").read_text(), re.S)[1])
     assert data["meta"]["model"] == "story-gpt2-s42" and len(data["edges"][0]["effects"]) == 4
@@ -124,14 +203,23 @@ def test_the_command(tmp_path, capsys):
 def test_opens_offline_without_errors(small, open_page):
     b = open_page(small[1])
     assert b.get_log("browser") == []
-    assert b.execute_script("return performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length") == 0
-    assert b.title == "Circuit of made-up, demo"                                               # the attack in a token did not run
+    assert (
+        b.execute_script(
+            "return performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length"
+        )
+        == 0
+    )
+    assert b.title == "Circuit of made-up, demo"  # the attack in a token did not run
     assert b.execute_script("return circuit.visible().length") == 24
     assert not b.find_elements("css selector", "img")
 
 
 def slide(b, name: str, value) -> None:
-    b.execute_script("const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))", name, value)
+    b.execute_script(
+        "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))",
+        name,
+        value,
+    )
 
 
 @pytest.mark.parametrize("count,share", [(1, 0.0), (3, 0.0), (1, 0.4), (4, 0.3), (6, 1.0)])
@@ -149,12 +237,19 @@ def test_sliders_filter(small, open_page, count, share):
 
 def test_click_on_an_edge_shows_its_prompts(small, open_page):
     from selenium.webdriver.common.action_chains import ActionChains
+
     b = open_page(small[1])
-    b.execute_script("circuit.edges.update(circuit.edges.getIds().filter(i => i !== 'e0').map(id => ({id, hidden: true})))")
+    b.execute_script(
+        "circuit.edges.update(circuit.edges.getIds().filter(i => i !== 'e0').map(id => ({id, hidden: true})))"
+    )
     b.execute_script("circuit.network.redraw()")
-    x, y = b.execute_script("const p = circuit.network.body.edges.e0.edgeType.getPoint(0.5), d = circuit.network.canvasToDOM(p); return [d.x, d.y]")
+    x, y = b.execute_script(
+        "const p = circuit.network.body.edges.e0.edgeType.getPoint(0.5), d = circuit.network.canvasToDOM(p); return [d.x, d.y]"
+    )
     graph = b.find_element("id", "graph")
-    ActionChains(b).move_to_element_with_offset(graph, x - graph.size["width"] / 2, y - graph.size["height"] / 2).click().perform()
+    ActionChains(b).move_to_element_with_offset(
+        graph, x - graph.size["width"] / 2, y - graph.size["height"] / 2
+    ).click().perform()
     wait_for(lambda: b.find_elements("css selector", "#panel .prompt"))
     edge = b.execute_script("return circuit.data.edges[0]")
     assert b.find_element("css selector", "#panel h2").text == f"{edge['up']} → {edge['down']}"
@@ -183,15 +278,33 @@ def wait_for(condition, seconds: float = 10):
 
 def test_hover_says_contribution_slices_firings_and_effects(small, open_page):
     from selenium.webdriver.common.action_chains import ActionChains
+
     b, first = open_page(small[1]), small[0].iloc[0]
     edge = b.execute_script("return circuit.data.edges.find(e => Object.keys(e.effects).length)")
     assert (edge["up"], edge["effects"]) == (first.upstream, {"ablate local, traced slices": -1.5})
     text = b.execute_script("return circuit.edges.get(arguments[0]).title.textContent", edge["id"])
-    for words in ("contribution, mean", "share", "slices, mean", "ablate local, traced slices-1.50", f"{edge['count']} of 6"): assert words in text
-    x, y = b.execute_script("const n = circuit.data.nodes.find(n => n.known), d = circuit.network.canvasToDOM({x: n.x, y: n.y}); return [d.x, d.y]")
+    for words in (
+        "contribution, mean",
+        "share",
+        "slices, mean",
+        "ablate local, traced slices-1.50",
+        f"{edge['count']} of 6",
+    ):
+        assert words in text
+    x, y = b.execute_script(
+        "const n = circuit.data.nodes.find(n => n.known), d = circuit.network.canvasToDOM({x: n.x, y: n.y}); return [d.x, d.y]"
+    )
     graph = b.find_element("id", "graph")
-    ActionChains(b).move_to_element_with_offset(graph, x - graph.size["width"] / 2 + 3, y - graph.size["height"] / 2).pause(0.3).move_by_offset(1, 1).perform()
-    shown = wait_for(lambda: [e.text for e in b.find_elements("css selector", "div.vis-tooltip") if e.value_of_css_property("visibility") == "visible"])
+    ActionChains(b).move_to_element_with_offset(
+        graph, x - graph.size["width"] / 2 + 3, y - graph.size["height"] / 2
+    ).pause(0.3).move_by_offset(1, 1).perform()
+    shown = wait_for(
+        lambda: [
+            e.text
+            for e in b.find_elements("css selector", "div.vis-tooltip")
+            if e.value_of_css_property("visibility") == "visible"
+        ]
+    )
     assert "traced firings" in shown[0] and first.upstream in shown[0] and "known" in shown[0]
 
 
@@ -227,7 +340,11 @@ def test_no_horizontal_overflow(small, open_page, width):
 
 def test_the_authors_graph_has_no_prompts(reference, tmp_path, open_page):
     graph = read_graph(reference / "ioi_gpt2_small/svt_graph_p256.graphml")
-    b = open_page(circuit_page(graph, None, None, tmp_path / "ioi.html", known_heads=reference / "published/ioi_circuit_gpt2_small.json"))
+    b = open_page(
+        circuit_page(
+            graph, None, None, tmp_path / "ioi.html", known_heads=reference / "published/ioi_circuit_gpt2_small.json"
+        )
+    )
     assert b.get_log("browser") == []
     assert b.execute_script("return circuit.visible().length") == 533
     b.execute_script("circuit.choose('e0')")

@@ -1,4 +1,5 @@
 "Slices against a direct float64 evaluation of equation (1) and against a literal loop over pairs and slices."
+
 import conftest
 import numpy as np
 import pytest
@@ -7,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from spectral_nb import circuits as ci
-from spectral_nb.activations import component_labels
-from spectral_nb.models import ArchSpec, head_weights, load_model, qk_norm_scales, rotation
-from spectral_nb.spectra import factored_svd
-from spectral_nb.tasks import make_batch
+from spectral_nb.attention import omega as ci
+from spectral_nb.attention.activations import component_labels
+from spectral_nb.models.loading import ArchSpec, head_weights, load_model, qk_norm_scales, rotation
+from spectral_nb.attention.spectra import factored_svd
+from spectral_nb.prompts.tasks import make_batch
 
 ARCHITECTURES = conftest.ARCHITECTURES
 
@@ -19,7 +20,8 @@ ARCHITECTURES = conftest.ARCHITECTURES
 @pytest.fixture(scope="module")
 def made():
     "(model, activations of 4 prompts of 20 tokens) by architecture and processing, made once."
-    from spectral_nb.models import from_hf
+    from spectral_nb.models.loading import from_hf
+
     store = {}
 
     def get(architecture, processing="folded"):
@@ -27,6 +29,7 @@ def made():
             model = from_hf(conftest.tiny_hf(architecture), name=f"tiny-{architecture}", processing=processing)
             store[architecture, processing] = model, ci.capture(model, conftest.random_tokens(4, 20))
         return store[architecture, processing]
+
     return get
 
 
@@ -185,7 +188,9 @@ def test_a_token_attending_to_itself_and_one_token_prompts(made):
         acts = ci.capture(model, torch.tensor([[5]]))
         pairs = ci.Pairs([0] * 4, [1] * 4, range(4), [0] * 4, [0] * 4)
         d_head = ArchSpec.from_model(model).d_head
-        assert_close(ci.slice_terms(model, acts, pairs).sum(1), ci.pair_scores(acts, pairs) * d_head**0.5, rtol=1e-4, atol=1e-4)
+        assert_close(
+            ci.slice_terms(model, acts, pairs).sum(1), ci.pair_scores(acts, pairs) * d_head**0.5, rtol=1e-4, atol=1e-4
+        )
         assert len(ci.firings(acts)) == 0
 
 
@@ -214,7 +219,9 @@ def test_signal_and_noise_parts_of_the_inputs(made, architecture):
     for n in range(len(pairs)):
         _, layer, h, i, j = (int(t[n]) for t in pairs.tensors())
         omega, atol = full_omega(model, layer, h, j - i), 1e-4 * float(terms[n].abs().sum())
-        signal, noise, cross = (float(p.double() @ omega @ q.double()) for p, q in ((s_i[n], s_j[n]), (z_i[n], z_j[n]), (s_i[n], z_j[n])))
+        signal, noise, cross = (
+            float(p.double() @ omega @ q.double()) for p, q in ((s_i[n], s_j[n]), (z_i[n], z_j[n]), (s_i[n], z_j[n]))
+        )
         assert signal == pytest.approx(float(terms[n][mask[n]].sum()), abs=atol)
         assert noise == pytest.approx(float(terms[n][~mask[n]].sum()), abs=atol)
         assert abs(cross) < atol
@@ -265,18 +272,23 @@ def test_selection_is_the_literal_prefix(terms):
 def test_noise_is_the_largest_set_with_sum_at_most_zero(terms, seed):
     "Against all subsets, for terms without exact ties: no larger set of terms sums to zero or less."
     import itertools
+
     noise = torch.rand(len(terms), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1e-3
     terms = torch.tensor(terms, dtype=torch.float64) + noise
     if terms.sum() < 0:
         terms = -terms
-    largest = max(len(s) for r in range(len(terms) + 1) for s in itertools.combinations(terms.tolist(), r) if sum(s) <= 0)
+    largest = max(
+        len(s) for r in range(len(terms) + 1) for s in itertools.combinations(terms.tolist(), r) if sum(s) <= 0
+    )
     assert int((~ci.select_slices(terms)).sum()) == largest
 
 
 @settings(max_examples=100, deadline=None)
 @given(rows, st.integers(0, 99))
 def test_selection_is_mirrored_scaled_and_moves_with_the_terms(terms, seed):
-    t = torch.tensor(terms, dtype=torch.float64) + torch.rand(len(terms), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    t = torch.tensor(terms, dtype=torch.float64) + torch.rand(
+        len(terms), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     mask = ci.select_slices(t)
     assert torch.equal(ci.select_slices(-t), mask)
     assert torch.equal(ci.select_slices(3.7 * t), mask)
@@ -316,6 +328,7 @@ def test_other_rules():
 
 # ---------------------------------------------------------------- what the definition of Omega implies (Lemma 1's ground)
 
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 9999))
 def test_slices_are_orthogonal_and_each_is_the_best_rank_one_part(seed):
@@ -342,6 +355,7 @@ def test_slices_are_orthogonal_and_each_is_the_best_rank_one_part(seed):
 
 
 # ---------------------------------------------------------------- activations and components
+
 
 @pytest.mark.parametrize("processing", ["folded", "raw"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -388,12 +402,21 @@ def test_capture_without_logits_stops_early_and_reads_the_same(made, architectur
 
 
 def test_run_to_keeps_what_it_is_told_and_computes_no_more(made):
-    from spectral_nb.activations import run_to
+    from spectral_nb.attention.activations import run_to
+
     model, whole = made("gpt2")
     tokens, seen = conftest.random_tokens(4, 20), []
     counter = model.unembed.hook_in.register_forward_hook(lambda *_: seen.append(1))
-    kept = run_to(model, tokens, ["blocks.0.attn.hook_pattern", "blocks.1.hook_resid_post"], lambda value, name: (name[7], tuple(value.shape)))
-    assert kept == {"blocks.0.attn.hook_pattern": ("0", tuple(whole.pattern.shape[1:])), "blocks.1.hook_resid_post": ("1", tuple(whole.x.shape[1:]))}
+    kept = run_to(
+        model,
+        tokens,
+        ["blocks.0.attn.hook_pattern", "blocks.1.hook_resid_post"],
+        lambda value, name: (name[7], tuple(value.shape)),
+    )
+    assert kept == {
+        "blocks.0.attn.hook_pattern": ("0", tuple(whole.pattern.shape[1:])),
+        "blocks.1.hook_resid_post": ("1", tuple(whole.x.shape[1:])),
+    }
     assert not seen
     model(tokens)
     counter.remove()
@@ -405,8 +428,12 @@ def test_run_to_keeps_what_it_is_told_and_computes_no_more(made):
 
 def test_capture_refuses_what_it_cannot_read(made):
     model, _ = made("gpt2")
-    for tokens, message in [(torch.zeros(0, 4, dtype=torch.long), "empty"), (torch.zeros(2, 33, dtype=torch.long), "holds 32"),
-                            (torch.zeros(4), "integers"), (torch.full((1, 4), 97), "vocabulary")]:
+    for tokens, message in [
+        (torch.zeros(0, 4, dtype=torch.long), "empty"),
+        (torch.zeros(2, 33, dtype=torch.long), "holds 32"),
+        (torch.zeros(4), "integers"),
+        (torch.full((1, 4), 97), "vocabulary"),
+    ]:
         with pytest.raises(ValueError, match=message):
             ci.capture(model, tokens)
     with pytest.raises(ValueError, match="layer"):
@@ -473,7 +500,8 @@ def test_qk_norm_scales_are_divided_out(made):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_heads_wider_than_the_stream(architecture):
-    from spectral_nb.models import from_hf
+    from spectral_nb.models.loading import from_hf
+
     model = from_hf(conftest.tiny_hf(architecture, head_dim=40))
     acts = ci.capture(model, conftest.random_tokens(3, 9))
     pairs = every_pair(acts)
@@ -484,12 +512,17 @@ def test_heads_wider_than_the_stream(architecture):
 
 
 def test_equal_weights_with_other_heads_or_rotation_share_nothing():
-    from spectral_nb.models import from_hf
+    from spectral_nb.models.loading import from_hf
+
     two, four = (from_hf(conftest.tiny_hf("gpt2", n_head=n)) for n in (2, 4))
     assert ci.omega_svd(two).S.shape == (2, 2, 16) and ci.omega_svd(four).S.shape == (2, 4, 8)
-    near, far = (from_hf(conftest.tiny_hf("llama", rope_parameters=dict(rope_type="default", rope_theta=t))) for t in (1e2, 1e6))
+    near, far = (
+        from_hf(conftest.tiny_hf("llama", rope_parameters=dict(rope_type="default", rope_theta=t))) for t in (1e2, 1e6)
+    )
     for model in (near, far):
         acts = ci.capture(model, conftest.random_tokens(2, 12))
         pairs = every_pair(acts)
         terms = ci.slice_terms(model, acts, pairs)
-        assert_close(terms.sum(1), ci.pair_scores(acts, pairs) * 8**0.5, rtol=1e-3, atol=1e-5 * float(terms.abs().sum(1).max()))
+        assert_close(
+            terms.sum(1), ci.pair_scores(acts, pairs) * 8**0.5, rtol=1e-3, atol=1e-5 * float(terms.abs().sum(1).max())
+        )

@@ -1,20 +1,38 @@
 """The section end to end on tiny models with revisions, its tables and claims, and the published p-value."""
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from spectral_nb.bigrams import natural_bigrams, repeated_bigram, synthetic_bigrams
-from spectral_nb.core import reference_dir
-from spectral_nb.cross_architecture import CrossArchitectureConfig, claims, head_sets, long_table, survey_model, survey_models, usable_revisions
-from spectral_nb.grammar import lexicon, story_tokenizer
-from spectral_nb.intervals import exact_p, wilson
-from spectral_nb.models import from_hf
-from spectral_nb.survey import CLASSES
-from spectral_nb.survey_claims import newcombe
-from spectral_nb.survey_rank import bos_drivers, bos_floor, conserved_fraction, emergence, precision_at_k, ranking_table, strongest_head, with_classes
-from spectral_nb.survey_screen import control_sets, removal_curve, screen, screen_ablation
+from spectral_nb.prompts.bigrams import natural_bigrams, repeated_bigram, synthetic_bigrams
+from spectral_nb.base.paths import reference_dir
+from spectral_nb.cross_architecture import (
+    CrossArchitectureConfig,
+    claims,
+    head_sets,
+    long_table,
+    survey_model,
+    survey_models,
+    usable_revisions,
+)
+from spectral_nb.prompts.grammar import lexicon, story_tokenizer
+from spectral_nb.base.intervals import exact_p, wilson
+from spectral_nb.models.loading import from_hf
+from spectral_nb.survey.classes import CLASSES
+from spectral_nb.survey.verdicts import newcombe
+from spectral_nb.survey.rank import (
+    bos_drivers,
+    bos_floor,
+    conserved_fraction,
+    emergence,
+    precision_at_k,
+    ranking_table,
+    strongest_head,
+    with_classes,
+)
+from spectral_nb.survey.screen import control_sets, removal_curve, screen, screen_ablation
 
 
 @pytest.fixture(scope="module")
@@ -25,36 +43,57 @@ def folder(tmp_path_factory):
     for step in (10, 100, 1000):
         torch.manual_seed(step)
         model = GPT2LMHeadModel(config)
-        for p in model.parameters(): p.data += 0.02 * torch.randn_like(p)
+        for p in model.parameters():
+            p.data += 0.02 * torch.randn_like(p)
         model.save_pretrained(root / f"step{step}-tokens{step}M")
     GPT2LMHeadModel.from_pretrained(root / "step1000-tokens1000M").save_pretrained(root)
     story_tokenizer(32).save_pretrained(root)
-    (root / "text.txt").write_text("\n\n".join(["Tom took the red ball . Then Tom saw the park . Then Tom took the red ball again ."] * 60))
+    (root / "text.txt").write_text(
+        "\n\n".join(["Tom took the red ball . Then Tom saw the park . Then Tom took the red ball again ."] * 60)
+    )
     return root
 
 
 @pytest.fixture(scope="module")
-def cfg(folder): return CrossArchitectureConfig(model_name=str(folder), n_prompts=20, n_ablation=10, n_draws=4, text=str(folder / "text.txt"))
+def cfg(folder):
+    return CrossArchitectureConfig(
+        model_name=str(folder), n_prompts=20, n_ablation=10, n_draws=4, text=str(folder / "text.txt")
+    )
 
 
 @pytest.fixture(scope="module")
-def surveyed(folder, cfg): return survey_model(str(folder), cfg)
+def surveyed(folder, cfg):
+    return survey_model(str(folder), cfg)
 
 
 def test_end_to_end(surveyed):
     m = surveyed.survey
     assert set(m.surveys) == {"synthetic", "natural"} and all(len(t) == 8 for t in m.surveys.values())
-    assert m.pr.shape == (2, 4, 3) and m.tokens == [10**7, 10**8, 10**9] and (m.pr >= 1).all() and (m.pr <= 4 + 1e-9).all()
+    assert (
+        m.pr.shape == (2, 4, 3) and m.tokens == [10**7, 10**8, 10**9] and (m.pr >= 1).all() and (m.pr <= 4 + 1e-9).all()
+    )
     assert sorted(m.classed["rank"]) == list(range(1, 9))
     assert len(m.curve) == 7 and surveyed.info.processing == "folded"
 
 
 def test_long_table(surveyed):
     table = long_table([surveyed])
-    assert list(table.columns) == ["model", "revision", "tokens", "processing", "batch", "layer", "head", "metric", "value"]
+    assert list(table.columns) == [
+        "model",
+        "revision",
+        "tokens",
+        "processing",
+        "batch",
+        "layer",
+        "head",
+        "metric",
+        "value",
+    ]
     assert set(CLASSES) <= set(table["metric"]) and (table["metric"] == "participation_ratio").sum() == 24
     assert table["processing"].unique().tolist() == ["folded"]
-    wide = table[(table["metric"] == "induction") & (table["batch"] == "synthetic")].set_index(["layer", "head"])["value"]
+    wide = table[(table["metric"] == "induction") & (table["batch"] == "synthetic")].set_index(["layer", "head"])[
+        "value"
+    ]
     direct = surveyed.survey.surveys["synthetic"].set_index(["layer", "head"])["induction"]
     assert np.allclose(wide.loc[direct.index], direct)
 
@@ -71,6 +110,7 @@ def test_claims_say_when_they_cannot_be_asked(surveyed):
 
 def test_faulty_revision_is_left_out(folder, cfg, tmp_path):
     import shutil
+
     copy = shutil.copytree(folder, tmp_path / "copy")
     shutil.copy(copy / "step1000-tokens1000M" / "model.safetensors", copy / "step10-tokens10M" / "model.safetensors")
     table = usable_revisions(str(copy), cfg)
@@ -79,30 +119,51 @@ def test_faulty_revision_is_left_out(folder, cfg, tmp_path):
 
 def test_revisions_out_of_order_or_without_tokens(folder, tmp_path):
     with pytest.raises(ValueError, match="out of order"):
-        usable_revisions(str(folder), CrossArchitectureConfig(model_name="x", revisions="step100-tokens100M step10-tokens10M"))
+        usable_revisions(
+            str(folder), CrossArchitectureConfig(model_name="x", revisions="step100-tokens100M step10-tokens10M")
+        )
     import shutil
-    for step in (10, 100): shutil.copytree(folder / f"step{step}-tokens{step}M", tmp_path / f"step{step}")
+
+    for step in (10, 100):
+        shutil.copytree(folder / f"step{step}-tokens{step}M", tmp_path / f"step{step}")
     with pytest.raises(ValueError, match="without a token count"):
         usable_revisions(str(tmp_path), CrossArchitectureConfig(model_name="x", revisions="step10 step100"))
 
 
 def test_missing_models():
     skipped = {}
-    with pytest.raises(FileNotFoundError, match="story-nothing"): survey_models(CrossArchitectureConfig(model_name="story-nothing"), skipped)
+    with pytest.raises(FileNotFoundError, match="story-nothing"):
+        survey_models(CrossArchitectureConfig(model_name="story-nothing"), skipped)
     assert list(skipped) == ["story-nothing"]
 
 
 def test_bad_config():
-    for change, match in ((dict(model_name=" "), "names no model"), (dict(threshold=-1.0), "threshold"), (dict(vocabulary="x"), "range such as"),
-                          (dict(screen_threshold=-1.0), "screen_threshold"), (dict(n_draws=0), "n_draws"), (dict(processing="cooked"), "processing"),
-                          (dict(length=9), "at least 16")):
-        with pytest.raises(ValueError, match=match): CrossArchitectureConfig(**change)
-    with pytest.raises(TypeError, match="n_prompts"): CrossArchitectureConfig(n_prompts=20.5)
+    for change, match in (
+        (dict(model_name=" "), "names no model"),
+        (dict(threshold=-1.0), "threshold"),
+        (dict(vocabulary="x"), "range such as"),
+        (dict(screen_threshold=-1.0), "screen_threshold"),
+        (dict(n_draws=0), "n_draws"),
+        (dict(processing="cooked"), "processing"),
+        (dict(length=9), "at least 16"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            CrossArchitectureConfig(**change)
+    with pytest.raises(TypeError, match="n_prompts"):
+        CrossArchitectureConfig(n_prompts=20.5)
 
 
 def random_model(n_layers=2, n_heads=4, n_ctx=32):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=60, n_positions=n_ctx, n_embd=8 * n_heads, n_layer=n_layers, n_head=n_heads, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=60,
+        n_positions=n_ctx,
+        n_embd=8 * n_heads,
+        n_layer=n_layers,
+        n_head=n_heads,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return from_hf(GPT2LMHeadModel(config).eval())
 
 
@@ -111,29 +172,46 @@ def test_synthetic_batch():
     batch = synthetic_bigrams(tokenizer, 50, length=40)
     rows, at = torch.arange(50), batch.positions["A1"]
     a, b = batch.tokens[rows, at], batch.tokens[rows, at + 1]
-    assert (batch.tokens[:, 0] == tokenizer.bos_token_id).all() and (batch.tokens[:, -1] == a).all() and (batch.answer == b).all()
+    assert (
+        (batch.tokens[:, 0] == tokenizer.bos_token_id).all()
+        and (batch.tokens[:, -1] == a).all()
+        and (batch.answer == b).all()
+    )
     assert ((batch.tokens == a[:, None]).sum(1) == 2).all() and ((batch.tokens == b[:, None]).sum(1) == 1).all()
     assert (at >= 5).all() and (at < 20).all()
     codes = set(tokenizer.convert_tokens_to_ids(list(lexicon().split("codewords", "known"))))
     assert set(batch.tokens[:, 1:].flatten().tolist()) <= codes
     every = synthetic_bigrams(tokenizer, 50, length=40, vocabulary="all", prepend_bos=False)
     assert not set(every.tokens.flatten().tolist()) <= codes and not (every.tokens == tokenizer.bos_token_id).any()
-    assert set(synthetic_bigrams(tokenizer, 9, length=40, vocabulary=range(100, 200)).tokens[:, 1:].flatten().tolist()) <= set(range(100, 200))
+    assert set(
+        synthetic_bigrams(tokenizer, 9, length=40, vocabulary=range(100, 200)).tokens[:, 1:].flatten().tolist()
+    ) <= set(range(100, 200))
 
 
 def test_synthetic_batch_refusals():
     tokenizer, model = story_tokenizer(), random_model()
-    with pytest.raises(ValueError, match="longest possible for this model is 32"): synthetic_bigrams(model, 4, length=64)
-    with pytest.raises(ValueError, match="largest allowed is 511"): synthetic_bigrams(tokenizer, 4, vocabulary=range(100, 10_000))
-    with pytest.raises(ValueError, match="at least 8"): synthetic_bigrams(tokenizer, 4, vocabulary=[5, 6, 7])
-    with pytest.raises(ValueError, match="n_prompts"): synthetic_bigrams(tokenizer, 0)
+    with pytest.raises(ValueError, match="longest possible for this model is 32"):
+        synthetic_bigrams(model, 4, length=64)
+    with pytest.raises(ValueError, match="largest allowed is 511"):
+        synthetic_bigrams(tokenizer, 4, vocabulary=range(100, 10_000))
+    with pytest.raises(ValueError, match="at least 8"):
+        synthetic_bigrams(tokenizer, 4, vocabulary=[5, 6, 7])
+    with pytest.raises(ValueError, match="n_prompts"):
+        synthetic_bigrams(tokenizer, 0)
 
 
 def test_natural_batch_against_a_search(folder):
     text = (folder / "text.txt").read_text()
     batch = natural_bigrams(story_tokenizer(64), text, 30, length=30, min_gap=5)
-    for tokens, first, end, answer in zip(batch.tokens.tolist(), batch.positions["A1"].tolist(), batch.positions["end"].tolist(), batch.answer.tolist()):
-        assert tokens[first] == tokens[end] and tokens[first + 1] == tokens[end + 1] == answer and end - first >= 5 and first >= 1
+    for tokens, first, end, answer in zip(
+        batch.tokens.tolist(), batch.positions["A1"].tolist(), batch.positions["end"].tolist(), batch.answer.tolist()
+    ):
+        assert (
+            tokens[first] == tokens[end]
+            and tokens[first + 1] == tokens[end + 1] == answer
+            and end - first >= 5
+            and first >= 1
+        )
     every = natural_bigrams(story_tokenizer(64), text, 30, length=30, min_gap=5, repeated=False)
     ends = torch.arange(len(every)), every.positions["end"]
     assert (every.tokens[ends] == every.tokens[ends[0], every.positions["A1"]]).all()
@@ -143,8 +221,10 @@ def test_text_without_repeated_bigrams():
     ids = np.arange(2, 200)
     assert repeated_bigram(ids, np.random.default_rng(0)) is None
     words = [w for w in lexicon().words[2:] if w.isalpha()][:120]
-    with pytest.raises(ValueError, match="none of its .* holds a bigram that recurs"): natural_bigrams(story_tokenizer(), " ".join(words), 5, length=40)
-    with pytest.raises(ValueError, match="unknown to this tokenizer"): natural_bigrams(story_tokenizer(), "xyzzy plugh " * 100, 5, length=40)
+    with pytest.raises(ValueError, match="none of its .* holds a bigram that recurs"):
+        natural_bigrams(story_tokenizer(), " ".join(words), 5, length=40)
+    with pytest.raises(ValueError, match="unknown to this tokenizer"):
+        natural_bigrams(story_tokenizer(), "xyzzy plugh " * 100, 5, length=40)
 
 
 @pytest.mark.skipif(reference_dir() is None, reason="no reference data beside this checkout")
@@ -153,17 +233,23 @@ def test_published_draws_through_the_p_value():
     base = rows["baseline"]
     draws = [base - v for k, v in rows.items() if "draw" in k]
     assert len(draws) == 9 and exact_p(base - rows["induction screen >= 10"], draws) == pytest.approx(0.1)
-    assert exact_p(base - 0.0405, draws) == pytest.approx(0.3)            # a set without effect: the two draws that do harm are ahead of it
-    assert min(draws) < -0.3 and max(draws) > 0.03                        # one draw would have shown anything
+    assert exact_p(base - 0.0405, draws) == pytest.approx(
+        0.3
+    )  # a set without effect: the two draws that do harm are ahead of it
+    assert min(draws) < -0.3 and max(draws) > 0.03  # one draw would have shown anything
 
 
 @pytest.mark.skipif(reference_dir() is None, reason="no reference data beside this checkout")
 def test_published_bos_shares_through_the_drivers():
-    table = pd.read_csv(reference_dir() / "published" / "bos_fraction.csv").rename(columns={"heads": "n_heads", "bos_synthetic": "share"})
+    table = pd.read_csv(reference_dir() / "published" / "bos_fraction.csv").rename(
+        columns={"heads": "n_heads", "bos_synthetic": "share"}
+    )
     drivers = bos_drivers(table.assign(scale=["160m", "410m", "1b", "1b", "1b"])).set_index("driver")
     assert drivers.loc["data", "difference"] == pytest.approx(0.242, abs=0.005) and drivers.loc["data", "ci_low"] > 0.1
     assert drivers.loc["architecture", "difference"] == pytest.approx(0.101, abs=0.005)
-    assert (drivers.loc["scale", "ci_low"] < 0).sum() == 2                # of the three steps in scale only 160M to 410M is beyond its interval
+    assert (
+        drivers.loc["scale", "ci_low"] < 0
+    ).sum() == 2  # of the three steps in scale only 160M to 410M is beyond its interval
 
 
 def test_ranking_precision_and_fraction():
@@ -173,19 +259,25 @@ def test_ranking_precision_and_fraction():
     assert list(zip(ranking["layer"], ranking["head"]))[:2] == [(0, 1), (1, 2)] and ranking["spread"].idxmax() == 1
     classes = ["self", "induction", "unclassified", "first_token", "unclassified", "unclassified"]
     survey = pd.DataFrame({"layer": [0, 0, 0, 1, 1, 1], "head": [0, 1, 2] * 2, "class": classes, "selectivity": 1.0})
-    for i, c in enumerate(CLASSES): survey[c] = np.arange(6) * 1.0 + i
+    for i, c in enumerate(CLASSES):
+        survey[c] = np.arange(6) * 1.0 + i
     c = with_classes(ranking, survey)
     assert precision_at_k(c, [1, 2, 3])["precision"].tolist() == [1, 0.5, pytest.approx(2 / 3)]
-    assert conserved_fraction(c, 3)["fraction"] == pytest.approx(2 / 6) and conserved_fraction(c, 3, without_bos=True)["fraction"] == pytest.approx(1 / 6)
+    assert conserved_fraction(c, 3)["fraction"] == pytest.approx(2 / 6) and conserved_fraction(c, 3, without_bos=True)[
+        "fraction"
+    ] == pytest.approx(1 / 6)
     best = strongest_head(c)
     assert best["head"] == "L1H2" and best["rank_integral"] == 2 and best["rank_spread"] == 1
     when = emergence(pr, [1e6, 1e7, 1e8, 1e9], c, level=2).set_index(["layer", "head"])["tokens"]
     assert when[0, 1] == 1e7 and when[1, 2] == 1e9 and np.isnan(when[0, 0])
-    with pytest.raises(ValueError, match="not of the same model"): with_classes(ranking, survey.iloc[:4])
+    with pytest.raises(ValueError, match="not of the same model"):
+        with_classes(ranking, survey.iloc[:4])
 
 
 def test_floor_and_shares():
-    survey = pd.DataFrame({"layer": np.repeat(range(6), 8), "head": list(range(8)) * 6, "class": ["self"] * 16 + ["first_token"] * 32})
+    survey = pd.DataFrame(
+        {"layer": np.repeat(range(6), 8), "head": list(range(8)) * 6, "class": ["self"] * 16 + ["first_token"] * 32}
+    )
     floor = bos_floor(survey)
     assert floor["holds"] and floor["p_fewer"] < 1e-6 and floor["exceptions"] == ""
     survey.loc[3, "class"] = "first_token"
@@ -204,7 +296,8 @@ def test_control_sets_come_from_the_layers_first():
 
 
 def test_screen_ablation_against_the_plain_test():
-    from spectral_nb.causal import ablation_test
+    from spectral_nb.causal.ablation import ablation_test
+
     model = random_model(2, 4)
     batch, heads = synthetic_bigrams(model, 24, vocabulary="all"), [(0, 1), (1, 3)]
     ours = screen_ablation(model, batch, heads, n_draws=6, seed=3)
@@ -212,8 +305,13 @@ def test_screen_ablation_against_the_plain_test():
     for metric, name in (("accuracy", "top1"), ("answer_logprob", "loss")):
         plain = ablation_test(model, batch, heads, metric, draws=near, seed=3)
         row = ours[(ours["condition"] == "set") & (ours["metric"] == name)].iloc[0]
-        assert row["effect"] == pytest.approx(plain.effect.estimate, abs=1e-5) and row["p"] == pytest.approx(plain.p) and row["rank"] == plain.rank
-    with pytest.raises(ValueError, match="the screen found none"): screen_ablation(model, batch, [])
+        assert (
+            row["effect"] == pytest.approx(plain.effect.estimate, abs=1e-5)
+            and row["p"] == pytest.approx(plain.p)
+            and row["rank"] == plain.rank
+        )
+    with pytest.raises(ValueError, match="the screen found none"):
+        screen_ablation(model, batch, [])
 
 
 def test_screen_and_sets(surveyed):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
-from spectral_nb.grammar import (
+from spectral_nb.prompts.grammar import (
     NAMES,
     NOUNS,
     VERBS,

@@ -1,4 +1,5 @@
 """Planted faults in training checkpoints are found, and sound ones are left alone."""
+
 import shutil
 
 import pandas as pd
@@ -6,12 +7,20 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from spectral_nb.integrity import check_revisions, check_tokens, find_faults, hub_file_hashes, revision_hashes, tensor_hashes
+from spectral_nb.models.integrity import (
+    check_revisions,
+    check_tokens,
+    find_faults,
+    hub_file_hashes,
+    revision_hashes,
+    tensor_hashes,
+)
 
 STEPS = (10, 20, 30, 40)
 
 
-def revision(step): return f"step{step}-tokens{step}M"
+def revision(step):
+    return f"step{step}-tokens{step}M"
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +30,8 @@ def sound(tmp_path_factory):
     for step in STEPS:
         torch.manual_seed(step)
         model = GPT2LMHeadModel(config)
-        for p in model.parameters(): p.data += 0.01 * torch.randn_like(p)
+        for p in model.parameters():
+            p.data += 0.01 * torch.randn_like(p)
         model.save_pretrained(folder / revision(step), max_shard_size="8KB")
     return folder
 
@@ -64,7 +74,9 @@ def test_planted_spliced_shard(folder):
 
 def tensor_hashes_of(path):
     from safetensors import safe_open
-    with safe_open(path, framework="pt") as f: return list(f.keys())
+
+    with safe_open(path, framework="pt") as f:
+        return list(f.keys())
 
 
 def test_one_changed_value_changes_one_hash(folder):
@@ -86,31 +98,47 @@ def test_torch_files_are_read_too(folder, tmp_path):
 
 
 def test_buffers_and_constants_are_no_fault():
-    rows = [(f"step{s}", t, 5, h) for s in range(4) for t, h in (("w", f"w{s}"), ("attn.rotary_emb.inv_freq", "same"), ("frozen", "same"))]
+    rows = [
+        (f"step{s}", t, 5, h)
+        for s in range(4)
+        for t, h in (("w", f"w{s}"), ("attn.rotary_emb.inv_freq", "same"), ("frozen", "same"))
+    ]
     assert find_faults(pd.DataFrame(rows, columns=["revision", "tensor", "n_values", "hash"])).empty
 
 
 def test_hub_hashes_by_file():
-    served = {"step1": [("model-1.safetensors", 9, "a" * 64), ("model-2.safetensors", 9, "b" * 64)],
-              "step2": [("model-1.safetensors", 9, "c" * 64), ("model-2.safetensors", 9, "d" * 64)],
-              "main": [("model-1.safetensors", 9, "a" * 64), ("model-2.safetensors", 9, "e" * 64)]}
+    served = {
+        "step1": [("model-1.safetensors", 9, "a" * 64), ("model-2.safetensors", 9, "b" * 64)],
+        "step2": [("model-1.safetensors", 9, "c" * 64), ("model-2.safetensors", 9, "d" * 64)],
+        "main": [("model-1.safetensors", 9, "a" * 64), ("model-2.safetensors", 9, "e" * 64)],
+    }
     hashes = hub_file_hashes("owner/name", list(served), fetch=lambda name, r: served[r])
     faults = find_faults(hashes)
-    assert faults[["revision", "same_as", "kind", "tensors"]].values.tolist() == [["step1", "main", "spliced", "model-1.safetensors"]]
+    assert faults[["revision", "same_as", "kind", "tensors"]].values.tolist() == [
+        ["step1", "main", "spliced", "model-1.safetensors"]
+    ]
 
 
 def test_refusals(sound, tmp_path):
-    with pytest.raises(ValueError, match="out of order"): check_revisions(sound, [revision(20), revision(10)])
-    with pytest.raises(ValueError, match="did you mean"): check_revisions(sound, ["step20"])
-    with pytest.raises(FileNotFoundError, match="no weights"): tensor_hashes(tmp_path)
-    with pytest.raises(ValueError, match="without a token count: b"): check_tokens(["a", "b"], [1, None])
-    with pytest.raises(ValueError, match="out of order"): check_tokens(["a", "b"], [2, 1])
-    with pytest.raises(ValueError, match="no revision holds"): hub_file_hashes("owner/name", ["main"], fetch=lambda n, r: [])
+    with pytest.raises(ValueError, match="out of order"):
+        check_revisions(sound, [revision(20), revision(10)])
+    with pytest.raises(ValueError, match="did you mean"):
+        check_revisions(sound, ["step20"])
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        tensor_hashes(tmp_path)
+    with pytest.raises(ValueError, match="without a token count: b"):
+        check_tokens(["a", "b"], [1, None])
+    with pytest.raises(ValueError, match="out of order"):
+        check_tokens(["a", "b"], [2, 1])
+    with pytest.raises(ValueError, match="no revision holds"):
+        hub_file_hashes("owner/name", ["main"], fetch=lambda n, r: [])
 
 
 def test_token_counts_can_be_given(tmp_path, sound):
     renamed = tmp_path / "renamed"
-    for step in STEPS: shutil.copytree(sound / revision(step), renamed / f"step{step}")
-    with pytest.raises(ValueError, match="without a token count"): check_revisions(renamed)
+    for step in STEPS:
+        shutil.copytree(sound / revision(step), renamed / f"step{step}")
+    with pytest.raises(ValueError, match="without a token count"):
+        check_revisions(renamed)
     report = check_revisions(renamed, tokens={f"step{s}": s * 7 for s in STEPS})
     assert report["tokens"].tolist() == [70, 140, 210, 280]

@@ -1,27 +1,39 @@
 "Interventions on traced edges, against one forward pass for each edge and kind."
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_tokens, tiny_hf
 from test_svt import firing_roots, peaked, toy_batch
 
-from spectral_nb.changed_runs import Changes, run_changed
-from spectral_nb.circuits import Pairs, capture, slice_terms, slice_vectors
-from spectral_nb.interventions import KINDS, additivity, edge_interventions, edge_sets, edge_vectors, random_slices, set_interventions
-from spectral_nb.models import ArchSpec, from_hf, head_weights
-from spectral_nb.planted import planted
-from spectral_nb.tracing import TraceOptions, trace
+from spectral_nb.causal.changed_runs import Changes, run_changed
+from spectral_nb.attention.omega import Pairs, capture, slice_terms, slice_vectors
+from spectral_nb.tracing.interventions import (
+    KINDS,
+    additivity,
+    edge_interventions,
+    edge_sets,
+    edge_vectors,
+    random_slices,
+    set_interventions,
+)
+from spectral_nb.models.loading import ArchSpec, from_hf, head_weights
+from spectral_nb.models.planted import planted
+from spectral_nb.tracing.recursion import TraceOptions, trace
 
 
 def expanded(architecture: str):
     "A peaked model; grouped heads are written out, so that every query head has keys and values of its own."
-    if architecture != "llama": return peaked(architecture)
+    if architecture != "llama":
+        return peaked(architecture)
     hf = tiny_hf("llama", num_key_value_heads=2)
     wide = tiny_hf("llama", num_key_value_heads=4)
     state = hf.state_dict()
     for name, p in state.items():
-        if "k_proj" in name or "v_proj" in name: state[name] = p.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
-        if "q_proj" in name or "k_proj" in name: state[name] = state[name] * 3
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = p.view(2, 8, 32).repeat_interleave(2, 0).reshape(32, 32)
+        if "q_proj" in name or "k_proj" in name:
+            state[name] = state[name] * 3
     wide.load_state_dict(state)
     grouped = tiny_hf("llama", num_key_value_heads=2)
     grouped.load_state_dict({n: p * 3 if "q_proj" in n or "k_proj" in n else p for n, p in hf.state_dict().items()})
@@ -42,17 +54,26 @@ def one_by_one(model, batch, edges, action, scope, slices="traced"):
     for row, h in zip(edges.itertuples(), vectors):
         t, layer = row.position, row.layer
         if scope == "global":
-            def change(x, hook): return x.index_put((torch.tensor([0]), torch.tensor([t])), sign * h, accumulate=True)
+
+            def change(x, hook):
+                return x.index_put((torch.tensor([0]), torch.tensor([t])), sign * h, accumulate=True)
+
             hooks = [(f"blocks.{row.upstream_layer}.hook_attn_out", change)]
         else:
             w = head_weights(model, layer)
             delta = (h - h.mean() if "layernorm" in spec.norm else h) / acts.ln_scale[layer, row.prompt, t]
+
             def at_input(x, hook, W):
                 x = x.clone()
                 x.view(*x.shape[:2], -1, spec.d_head)[0, t, row.head] += sign * delta @ W
                 return x
-            hooks = [(f"blocks.{layer}.attn.hook_{n}", lambda x, hook, W=W[row.head]: at_input(x, hook, W)) for n, W in zip("qkv", (w.W_Q, w.W_K, w.W_V))]
-        with torch.no_grad(): logits = model.run_with_hooks(batch.tokens[row.prompt:row.prompt + 1], fwd_hooks=hooks)
+
+            hooks = [
+                (f"blocks.{layer}.attn.hook_{n}", lambda x, hook, W=W[row.head]: at_input(x, hook, W))
+                for n, W in zip("qkv", (w.W_Q, w.W_K, w.W_V))
+            ]
+        with torch.no_grad():
+            logits = model.run_with_hooks(batch.tokens[row.prompt : row.prompt + 1], fwd_hooks=hooks)
         end = batch.positions["end"][row.prompt]
         values.append((logits[0, end, batch.answer[row.prompt]] - logits[0, end, batch.wrong[row.prompt]]).item())
     return np.array(values)
@@ -66,11 +87,14 @@ def test_interventions_equal_one_pass_per_edge(architecture):
     assert len(edges) > 5
     table = edge_interventions(model, batch, edges, batch_size=16)
     for action, scope, slices in KINDS:
-        if slices == "random": continue
+        if slices == "random":
+            continue
         mine = table[(table["action"] == action) & (table["scope"] == scope) & (table["slices"] == slices)]
         mine = mine.set_index(["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"])["metric_after"]
         other = one_by_one(single, batch, edges, action, scope)
-        index = list(edges[["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]].itertuples(index=False, name=None))
+        index = list(
+            edges[["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]].itertuples(index=False, name=None)
+        )
         np.testing.assert_allclose(mine.loc[index].to_numpy(), other, atol=2e-4)
         assert np.abs(other - table["metric_before"].iloc[0]).max() > 1e-3
 
@@ -88,18 +112,30 @@ def test_local_score_change_is_bilinear(architecture):
     terms = slice_terms(model, acts, pairs)
     h = edge_vectors(model, acts, edges)["traced"][0]
     layer, prompt, pos = (torch.tensor(edges[c].to_numpy()).long() for c in ("layer", "prompt", "position"))
-    delta = (h - h.mean(-1, keepdim=True) if "layernorm" in spec.norm else h) / acts.ln_scale[layer, prompt, pos][:, None]
+    delta = (h - h.mean(-1, keepdim=True) if "layernorm" in spec.norm else h) / acts.ln_scale[layer, prompt, pos][
+        :, None
+    ]
     source = torch.tensor((edges["token"] == "source").to_numpy())
     here, there = torch.where(source[:, None, None], v, u), torch.where(source[:, None, None], u, v)
     x = acts.x[layer, prompt, torch.where(source, pairs.q_pos, pairs.k_pos)]
-    change = torch.einsum("nds,nd->ns", here[:, :-1], delta) * sigma * (torch.einsum("nds,nd->ns", there[:, :-1], x) + there[:, -1])
+    change = (
+        torch.einsum("nds,nd->ns", here[:, :-1], delta)
+        * sigma
+        * (torch.einsum("nds,nd->ns", there[:, :-1], x) + there[:, -1])
+    )
     if acts.q_scale is not None:
-        scales = acts.q_scale[layer, prompt, pairs.q_pos, pairs.head] * acts.k_scale[layer, prompt, pairs.k_pos, pairs.head]
+        scales = (
+            acts.q_scale[layer, prompt, pairs.q_pos, pairs.head] * acts.k_scale[layer, prompt, pairs.k_pos, pairs.head]
+        )
         change = change / scales[:, None]
     expected = -change.sum(-1) / spec.d_head**0.5
     got = table.set_index(["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"])["score_effect"]
-    index = list(edges[["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]].itertuples(index=False, name=None))
-    np.testing.assert_allclose(got.loc[index].to_numpy(), expected.numpy(), atol=2e-3 * max(1.0, terms.abs().max().item() / spec.d_head**0.5))
+    index = list(
+        edges[["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]].itertuples(index=False, name=None)
+    )
+    np.testing.assert_allclose(
+        got.loc[index].to_numpy(), expected.numpy(), atol=2e-3 * max(1.0, terms.abs().max().item() / spec.d_head**0.5)
+    )
 
 
 def test_planted_edges_are_causal_and_random_slices_are_not():
@@ -116,7 +152,10 @@ def test_batch_size_changes_nothing():
     batch, edges = traced(model)
     keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream", "action", "scope"]
     kinds = [k for k in KINDS if k[2] == "traced"]
-    one, two = (edge_interventions(model, batch, edges, kinds=kinds, batch_size=b).sort_values(keys)["effect"].to_numpy() for b in (2, 500))
+    one, two = (
+        edge_interventions(model, batch, edges, kinds=kinds, batch_size=b).sort_values(keys)["effect"].to_numpy()
+        for b in (2, 500)
+    )
     np.testing.assert_allclose(one, two, atol=1e-4)
 
 
@@ -128,28 +167,39 @@ def test_computing_only_what_a_change_reaches_is_the_whole_pass(architecture):
     names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post"]
     _, cache = model.run_with_cache(batch.tokens)
     streams = torch.stack([cache[name] for name in names])
-    run, layer, head = (torch.tensor(v) for v in ([0, 1, 1, 2, 3, 5, 5], [0, 1, n_layers - 1, n_layers - 1, 1, 0, 1], [-1, -1, 2, 1, 0, -1, 3]))
+    run, layer, head = (
+        torch.tensor(v)
+        for v in ([0, 1, 1, 2, 3, 5, 5], [0, 1, n_layers - 1, n_layers - 1, 1, 0, 1], [-1, -1, 2, 1, 0, -1, 3])
+    )
     changes = Changes(run, layer, head, torch.tensor([3, 2, 4, 5, 6, 0, 1]), torch.randn(7, 32))
-    prompt = torch.tensor([0, 1, 2, 0, 1, 2])                                              # run 4 changes nothing
+    prompt = torch.tensor([0, 1, 2, 0, 1, 2])  # run 4 changes nothing
     watch = torch.tensor([[n_layers - 1, 0, 4, 2]] * 5 + [[1, 0, 0, 0]])
     seen, rows = [], []
+
     def every_logit(logits, part):
         real = part.attention_mask.bool().to(logits.device)
-        seen.append({(tuple(t.tolist()), n): x[m] for n, (t, x, m) in enumerate(zip(part.tokens, logits, real, strict=True))})
+        seen.append(
+            {(tuple(t.tolist()), n): x[m] for n, (t, x, m) in enumerate(zip(part.tokens, logits, real, strict=True))}
+        )
         return (logits.logsumexp(-1) * real).sum(-1).cpu().numpy()
-    counter = model.blocks[1].mlp.hook_in.register_forward_hook(lambda module, args, x: rows.append(x.shape[0] * x.shape[1]))
+
+    counter = model.blocks[1].mlp.hook_in.register_forward_hook(
+        lambda module, args, x: rows.append(x.shape[0] * x.shape[1])
+    )
     whole, n_whole = run_changed(model, batch, prompt, changes, watch=watch, metric=every_logit), sum(rows)
     logits, seen[:], rows[:] = list(seen), [], []
     late = run_changed(model, batch, prompt, changes, watch=watch, streams=streams, metric=every_logit)
     counter.remove()
     assert 0 < sum(rows) < 0.7 * n_whole
-    for a, b in zip(whole, late, strict=True): np.testing.assert_allclose(a, b, atol=1e-4)
+    for a, b in zip(whole, late, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
     for a, b in zip(logits, seen, strict=True):
         assert a.keys() == b.keys()
-        for key in a: torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=1e-5)
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=1e-5, rtol=1e-5)
     assert whole[0].std() > 0
     plain_logits = model(batch.tokens)
-    torch.testing.assert_close(plain_logits, model.run_with_hooks(batch.tokens))                # nothing is left behind
+    torch.testing.assert_close(plain_logits, model.run_with_hooks(batch.tokens))  # nothing is left behind
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
@@ -159,10 +209,15 @@ def test_a_failed_run_leaves_the_model_as_it_was(architecture):
     batch, before = toy_batch(random_tokens(2, 6)), None
     streams = torch.zeros(ArchSpec.from_model(model).n_layers + 1, 2, 6, 32)
     before = model(batch.tokens)
-    def broken(logits, part): raise RuntimeError("broken metric")
+
+    def broken(logits, part):
+        raise RuntimeError("broken metric")
+
     wrong = Changes(torch.tensor([0]), torch.tensor([1]), torch.tensor([-1]), torch.tensor([3]), torch.zeros(1, 31))
-    with pytest.raises((RuntimeError, ValueError)): run_changed(model, batch, torch.tensor([0]), wrong, streams=streams)
-    with pytest.raises(RuntimeError, match="broken metric"): run_changed(model, batch, torch.tensor([0]), wrong.select(torch.tensor([False])), metric=broken)
+    with pytest.raises((RuntimeError, ValueError)):
+        run_changed(model, batch, torch.tensor([0]), wrong, streams=streams)
+    with pytest.raises(RuntimeError, match="broken metric"):
+        run_changed(model, batch, torch.tensor([0]), wrong.select(torch.tensor([False])), metric=broken)
     assert not any("forward" in m.__dict__ for m in model.modules())
     torch.testing.assert_close(model(batch.tokens), before)
 
@@ -170,7 +225,9 @@ def test_a_failed_run_leaves_the_model_as_it_was(architecture):
 def test_no_change_changes_nothing():
     model = peaked("llama")
     batch = toy_batch(random_tokens(3, 7))
-    zero = Changes(torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([-1, 2]), torch.tensor([3, 4]), torch.zeros(2, 32))
+    zero = Changes(
+        torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([-1, 2]), torch.tensor([3, 4]), torch.zeros(2, 32)
+    )
     watch = torch.tensor([[1, 0, 5, 2]] * 3)
     after, score = run_changed(model, batch, torch.arange(3), zero, watch=watch)
     acts = capture(model, batch)
@@ -194,7 +251,9 @@ def test_sets_alone_and_together():
     assert set(sets["parallel L1H2@source"]) == {("L0H0", "L1H2", "source"), ("L0H1", "L1H2", "source")}
     table = set_interventions(p.model, p.batch, edges, sets, batch_size=8)
     alone = edge_interventions(p.model, p.batch, edges, kinds=[("ablate", "local", "traced")])
-    mine = table[(table["action"] == "ablate") & (table["scope"] == "local") & (table["member"] == "L0H1 > L1H2 > source")].set_index("prompt")["effect"]
+    mine = table[
+        (table["action"] == "ablate") & (table["scope"] == "local") & (table["member"] == "L0H1 > L1H2 > source")
+    ].set_index("prompt")["effect"]
     theirs = alone[alone["upstream"] == "L0H1"].set_index("prompt")["effect"]
     np.testing.assert_allclose(mine.sort_index(), theirs.sort_index(), atol=1e-4)
     result = additivity(table)
@@ -204,10 +263,15 @@ def test_sets_alone_and_together():
 def test_bad_input():
     p = planted("induction", 2)
     edges = trace(p.model, p.batch, p.roots)
-    with pytest.raises(ValueError, match="feedbeef"): edge_interventions(p.model, p.batch, edges.assign(weights_hash="feedbeef"))
-    with pytest.raises(ValueError, match="kinds"): edge_interventions(p.model, p.batch, edges, kinds=[("remove", "global", "traced")])
-    with pytest.raises(ValueError, match="token"): edge_interventions(p.model, p.batch, edges.drop(columns="token"))
-    with pytest.raises(ValueError, match="L0.mlp"): edge_interventions(p.model, p.batch, edges.assign(upstream="L0.mlp", upstream_head=-1))
+    with pytest.raises(ValueError, match="feedbeef"):
+        edge_interventions(p.model, p.batch, edges.assign(weights_hash="feedbeef"))
+    with pytest.raises(ValueError, match="kinds"):
+        edge_interventions(p.model, p.batch, edges, kinds=[("remove", "global", "traced")])
+    with pytest.raises(ValueError, match="token"):
+        edge_interventions(p.model, p.batch, edges.drop(columns="token"))
+    with pytest.raises(ValueError, match="L0.mlp"):
+        edge_interventions(p.model, p.batch, edges.assign(upstream="L0.mlp", upstream_head=-1))
     assert len(edge_interventions(p.model, p.batch, edges[:0])) == 0
     raw = from_hf(tiny_hf("gpt2"), processing="raw")
-    with pytest.raises(ValueError, match="folded"): edge_interventions(raw, p.batch, edges)
+    with pytest.raises(ValueError, match="folded"):
+        edge_interventions(raw, p.batch, edges)

@@ -1,4 +1,5 @@
 "Loading: every architecture against plain Hugging Face, the real trained model, and every refusal."
+
 import json
 import shutil
 
@@ -8,10 +9,20 @@ import torch
 import transformers as tf
 from conftest import ARCHITECTURES, D_VOCAB, random_tokens, tiny_hf, zoo_names
 
-from spectral_nb import models
-from spectral_nb.architectures import ArchSpec
-from spectral_nb.models import (apply_rotation, checkpoint_hash, from_hf, head_weights, list_revisions, load_model, model_info, rotation,
-                                self_check, weights_hash)
+from spectral_nb.models.loading import loading as models
+from spectral_nb.models.architectures import ArchSpec
+from spectral_nb.models.loading import (
+    apply_rotation,
+    checkpoint_hash,
+    from_hf,
+    head_weights,
+    list_revisions,
+    load_model,
+    model_info,
+    rotation,
+    self_check,
+    weights_hash,
+)
 
 
 @pytest.mark.parametrize("processing", ["folded", "raw"])
@@ -58,7 +69,7 @@ def test_spec_matches_the_weights(architecture, tiny_model):
 def test_rotation_against_complex_numbers(tiny_model):
     model = tiny_model("gpt_neox")
     cos, sin = rotation(model, torch.arange(6))
-    assert cos.shape == (6, 2)                                   # a quarter of d_head = 8
+    assert cos.shape == (6, 2)  # a quarter of d_head = 8
     x = torch.randn(6, 8)
     turned = apply_rotation(x, cos, sin)
     z = torch.complex(x[:, 0], x[:, 1]) * torch.polar(torch.ones(6), torch.arange(6.0))
@@ -78,7 +89,8 @@ def test_folded_and_raw_are_recorded_and_differ(tiny_model):
 def test_weights_hash_sees_one_changed_number(tiny_model):
     model = tiny_model("llama")
     before = weights_hash(model)
-    with torch.no_grad(): next(model.parameters()).view(-1)[0] += 1e-3
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-3
     assert weights_hash(model) != before
 
 
@@ -95,8 +107,10 @@ def test_stories260k_passes_its_self_check(reference, processing):
 
 
 def test_stories260k_continues_with_the_published_text(stories260k):
-    text = ("Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
-            "She wanted to play with it, but it was too high.")
+    text = (
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
+        "She wanted to play with it, but it was too high."
+    )
     tokenizer = stories260k.tokenizer
     tokens = torch.tensor([[1]])
     with torch.inference_mode():
@@ -110,7 +124,9 @@ def test_stories260k_continues_with_the_published_text(stories260k):
 def test_shipped_models_pass_their_self_check(name, processing, record_property):
     errors = self_check(name, processing=processing)
     record_property("errors", json.dumps(errors))
-    assert errors["scores"] < 1e-4 and errors["log_probs"] < 2e-4, errors      # self_check itself allows for the size of the log-probabilities
+    assert errors["scores"] < 1e-4 and errors["log_probs"] < 2e-4, (
+        errors
+    )  # self_check itself allows for the size of the log-probabilities
 
 
 @pytest.mark.parametrize("name", zoo_names())
@@ -123,37 +139,60 @@ def test_every_shipped_revision_is_whole_and_different(name):
 
 
 def test_local_folder_with_revisions(tmp_path):
-    for seed, folder in enumerate([tmp_path, tmp_path / "step10"]): tiny_hf("gpt2", seed).save_pretrained(folder)
+    for seed, folder in enumerate([tmp_path, tmp_path / "step10"]):
+        tiny_hf("gpt2", seed).save_pretrained(folder)
     first, last = load_model(tmp_path, revision="step10"), load_model(tmp_path)
     assert model_info(first).step == 10 and model_info(first).weights_hash != model_info(last).weights_hash
     assert list_revisions(tmp_path) == ["step10"]
 
 
-@pytest.mark.parametrize("config, feature", [
-    (tf.BertConfig(), "encoder-only"), (tf.MambaConfig(), "state-space"), (tf.T5Config(), "encoder-decoder"), (tf.BloomConfig(), "ALiBi"),
-    (tf.Gemma2Config(), "soft-cap"), (tf.Olmo2Config(), "post-norm"), (tf.GPTNeoConfig(), "local attention"),
-    (tf.OlmoConfig(clip_qkv=5.0), "clip_qkv"), (tf.MistralConfig(sliding_window=16), "sliding-window"),
-    (tf.GPT2Config(scale_attn_weights=False), "unscaled"), (tf.ViTConfig(), "not supported")])
+@pytest.mark.parametrize(
+    "config, feature",
+    [
+        (tf.BertConfig(), "encoder-only"),
+        (tf.MambaConfig(), "state-space"),
+        (tf.T5Config(), "encoder-decoder"),
+        (tf.BloomConfig(), "ALiBi"),
+        (tf.Gemma2Config(), "soft-cap"),
+        (tf.Olmo2Config(), "post-norm"),
+        (tf.GPTNeoConfig(), "local attention"),
+        (tf.OlmoConfig(clip_qkv=5.0), "clip_qkv"),
+        (tf.MistralConfig(sliding_window=16), "sliding-window"),
+        (tf.GPT2Config(scale_attn_weights=False), "unscaled"),
+        (tf.ViTConfig(), "not supported"),
+    ],
+)
 def test_unsupported_architecture_names_the_feature(config, feature, tmp_path):
-    with pytest.raises(ValueError, match=feature): ArchSpec.from_config(config)
+    with pytest.raises(ValueError, match=feature):
+        ArchSpec.from_config(config)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=feature): load_model(tmp_path)
+    with pytest.raises(ValueError, match=feature):
+        load_model(tmp_path)
 
 
 def test_unknown_model_and_revision(tmp_path):
-    with pytest.raises(FileNotFoundError, match="story-gpt2-s4"): load_model("story-gpt2-s43")
-    with pytest.raises(FileNotFoundError, match="nobody/no-such-model"): load_model("nobody/no-such-model")
-    with pytest.raises(FileNotFoundError, match="config.json"): load_model(tmp_path)
-    with pytest.raises(ValueError, match="processing='foldedd'; did you mean|processing='foldedd' is not known; did you mean 'folded'"):
+    with pytest.raises(FileNotFoundError, match="story-gpt2-s4"):
+        load_model("story-gpt2-s43")
+    with pytest.raises(FileNotFoundError, match="nobody/no-such-model"):
+        load_model("nobody/no-such-model")
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load_model(tmp_path)
+    with pytest.raises(
+        ValueError, match="processing='foldedd'; did you mean|processing='foldedd' is not known; did you mean 'folded'"
+    ):
         load_model(tmp_path, processing="foldedd")
-    with pytest.raises(ValueError, match="dtype='int8'"): load_model(tmp_path, dtype="int8")
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        load_model(tmp_path, dtype="int8")
     if zoo_names():
-        with pytest.raises(ValueError, match="revision='step77'.*did you mean"): load_model("story-gpt2-s42", revision="step77")
+        with pytest.raises(ValueError, match="revision='step77'.*did you mean"):
+            load_model("story-gpt2-s42", revision="step77")
 
 
 def test_changed_byte_in_a_shipped_file_is_refused(tmp_path, monkeypatch):
-    from spectral_nb.core import zoo_dir
-    if not zoo_names(): pytest.skip("no shipped models are installed")
+    from spectral_nb.base.paths import zoo_dir
+
+    if not zoo_names():
+        pytest.skip("no shipped models are installed")
     name = zoo_names()[0]
     shutil.copytree(zoo_dir() / name, tmp_path / "zoo" / name)
     shutil.copy(zoo_dir() / "manifest.json", tmp_path / "zoo")
@@ -163,43 +202,55 @@ def test_changed_byte_in_a_shipped_file_is_refused(tmp_path, monkeypatch):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors fails its hash"): load_model(name)
+    with pytest.raises(ValueError, match="model.safetensors fails its hash"):
+        load_model(name)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"): load_model(name)
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        load_model(name)
 
 
 def test_truncated_weight_file_of_a_local_folder(tmp_path):
     tiny_hf("gpt2").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match="weights of .* cannot be read"): load_model(tmp_path)
+    with pytest.raises(ValueError, match="weights of .* cannot be read"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json of .* cannot be read"): load_model(tmp_path)
+    with pytest.raises(ValueError, match="config.json of .* cannot be read"):
+        load_model(tmp_path)
 
 
 def test_nan_in_a_weight_names_the_layer(tmp_path):
     model = tiny_hf("llama")
-    with torch.no_grad(): model.model.layers[1].self_attn.q_proj.weight[0, 0] = np.nan
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = np.nan
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="layer 1, tensor .*q_proj"): load_model(tmp_path)
+    with pytest.raises(ValueError, match="layer 1, tensor .*q_proj"):
+        load_model(tmp_path)
 
 
 def test_square_mlp_is_refused_when_folded():
     "TransformerLens 4.3 centres a square MLP matrix along the wrong axis."
-    with pytest.raises(ValueError, match="d_mlp equals d_model"): from_hf(tiny_hf("olmo", intermediate_size=32))
+    with pytest.raises(ValueError, match="d_mlp equals d_model"):
+        from_hf(tiny_hf("olmo", intermediate_size=32))
     from_hf(tiny_hf("olmo", intermediate_size=32), processing="raw")
 
 
 def test_head_out_of_range(tiny_model):
     model = tiny_model("gpt2")
-    with pytest.raises(ValueError, match="layer=2 is out of range: allowed is 0 to 1"): head_weights(model, 2)
-    with pytest.raises(ValueError, match="head=4 is out of range"): ArchSpec.from_model(model).check_head(0, 4)
-    with pytest.raises(TypeError, match="model must be"): ArchSpec.from_model("gpt2")
-    with pytest.raises(ValueError, match="register_model"): model_info(object())
+    with pytest.raises(ValueError, match="layer=2 is out of range: allowed is 0 to 1"):
+        head_weights(model, 2)
+    with pytest.raises(ValueError, match="head=4 is out of range"):
+        ArchSpec.from_model(model).check_head(0, 4)
+    with pytest.raises(TypeError, match="model must be"):
+        ArchSpec.from_model("gpt2")
+    with pytest.raises(ValueError, match="register_model"):
+        model_info(object())
 
 
 def test_self_check_notices_wrong_weights(tmp_path, monkeypatch):
     "The check itself can fail: a wrong rotation is caught."
     tiny_hf("llama").save_pretrained(tmp_path)
     monkeypatch.setattr(models, "apply_rotation", lambda x, cos, sin: x)
-    with pytest.raises(ValueError, match="scores differ"): load_model(tmp_path, check=True)
+    with pytest.raises(ValueError, match="scores differ"):
+        load_model(tmp_path, check=True)

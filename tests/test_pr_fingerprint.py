@@ -1,4 +1,5 @@
 "Participation ratios, nulls, picks, seeds' statistics and the article's run."
+
 import dataclasses
 import math
 
@@ -8,15 +9,32 @@ import pytest
 import torch
 from conftest import random_tokens, tiny_hf, zoo_names
 
-from spectral_nb.fingerprint import (
-    as_array, codeword_readout, false_positives, finder_scores, head_ratios, key_attention, rolling_gap, trajectory, weighted_gap,
+from spectral_nb.fingerprint.ratios import (
+    as_array,
+    codeword_readout,
+    false_positives,
+    finder_scores,
+    head_ratios,
+    key_attention,
+    rolling_gap,
+    trajectory,
+    weighted_gap,
 )
-from spectral_nb.participation import HeadGrams, elbow, fixed_content, pick_heads, rank_heads, read_outputs, shuffled_positions, transition_step
+from spectral_nb.attention.participation import (
+    HeadGrams,
+    elbow,
+    fixed_content,
+    pick_heads,
+    rank_heads,
+    read_outputs,
+    shuffled_positions,
+    transition_step,
+)
 from spectral_nb.pr_fingerprint import FingerprintConfig, head_participation, pr_integral, pr_rise, pr_spread
-from spectral_nb.seed_stats import _auc, recurrence, replay_events, start_prediction
-from spectral_nb.seeds import ablation_conditions, load_seed_tables, tables_dir
-from spectral_nb.spectra import participation_ratio
-from spectral_nb.tasks import PromptBatch
+from spectral_nb.fingerprint.seed_stats import _auc, recurrence, replay_events, start_prediction
+from spectral_nb.fingerprint.seeds import ablation_conditions, load_seed_tables, tables_dir
+from spectral_nb.attention.spectra import participation_ratio
+from spectral_nb.prompts.tasks import PromptBatch
 
 zoo = pytest.mark.skipif("story-gpt2-s42" not in zoo_names(), reason="the shipped models are absent")
 
@@ -25,10 +43,20 @@ def toy_batch(n=64, length=12, seed=0):
     tokens = random_tokens(n, length, seed)
     lengths = torch.tensor([length - i % 3 for i in range(n)])
     mask = torch.arange(length) < lengths[:, None]
-    return PromptBatch("toy", tokens * mask, mask, {"end": lengths - 1, "key": torch.full((n,), 3)}, tokens[:, 3].clone(), None, [""] * n, 0)
+    return PromptBatch(
+        "toy",
+        tokens * mask,
+        mask,
+        {"end": lengths - 1, "key": torch.full((n,), 3)},
+        tokens[:, 3].clone(),
+        None,
+        [""] * n,
+        0,
+    )
 
 
-def grams(x): return HeadGrams().add(torch.as_tensor(x)[:, None, None]).participation().item()
+def grams(x):
+    return HeadGrams().add(torch.as_tensor(x)[:, None, None]).participation().item()
 
 
 def test_known_spectra():
@@ -53,9 +81,13 @@ def test_invariant_to_rotation_and_scale_but_not_to_centring():
 def test_streamed_equals_stored(tiny_model, architecture, processing):
     model, batch = tiny_model(architecture, processing), toy_batch()
     names = [f"blocks.{ly}.attn.hook_z" for ly in range(2)]
-    with torch.no_grad(): _, cache = model.run_with_cache(batch.tokens, names_filter=names)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch.tokens, names_filter=names)
     stored = torch.stack([cache[n][torch.arange(64), batch.positions["end"]] for n in names]).transpose(1, 2)
-    for size in (7, 64): torch.testing.assert_close(head_participation(model, batch, batch_size=size), participation_ratio(stored), rtol=1e-4, atol=1e-4)
+    for size in (7, 64):
+        torch.testing.assert_close(
+            head_participation(model, batch, batch_size=size), participation_ratio(stored), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_padding_and_mode_do_not_matter(tiny_model):
@@ -65,22 +97,33 @@ def test_padding_and_mode_do_not_matter(tiny_model):
     assert hf.training
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda b: (b.subset(slice(0, 5)), {}), "fewer than the 8 needed"),
-    (lambda b: (b, {"role": "kye"}), "did you mean 'key'"),
-    (lambda b: (dataclasses.replace(b, positions={**b.positions, "key": torch.full((64,), -1)}), {"role": "key"}), "64 of 64 prompts do not have it"),
-    (lambda b: (b, {"positions": b.lengths}), "outside their prompts"),
-    (lambda b: (b, {"positions": b.lengths[:3] - 1}), "shape"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: (b.subset(slice(0, 5)), {}), "fewer than the 8 needed"),
+        (lambda b: (b, {"role": "kye"}), "did you mean 'key'"),
+        (
+            lambda b: (
+                dataclasses.replace(b, positions={**b.positions, "key": torch.full((64,), -1)}),
+                {"role": "key"},
+            ),
+            "64 of 64 prompts do not have it",
+        ),
+        (lambda b: (b, {"positions": b.lengths}), "outside their prompts"),
+        (lambda b: (b, {"positions": b.lengths[:3] - 1}), "shape"),
+    ],
+)
 def test_bad_reads_are_refused(tiny_model, change, message):
     batch, options = change(toy_batch())
-    with pytest.raises(ValueError, match=message): head_participation(tiny_model("gpt2"), batch, **options)
+    with pytest.raises(ValueError, match=message):
+        head_participation(tiny_model("gpt2"), batch, **options)
 
 
 def test_non_finite_activations_name_the_layer(tiny_model):
     model = tiny_model("gpt2")
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: z * float("inf"))]):
-        with pytest.raises(ValueError, match="layer 1"): head_participation(model, toy_batch())
+        with pytest.raises(ValueError, match="layer 1"):
+            head_participation(model, toy_batch())
 
 
 def test_outputs_are_those_of_the_read_position(tiny_model):
@@ -101,8 +144,12 @@ def test_fixing_the_content_collapses_a_head_that_copies_it(tiny_model):
     "A head whose output is the value at the key has one direction when the key is the same everywhere."
     model, batch = tiny_model("gpt2", "raw"), toy_batch()
 
-    def copy(z, hook): return z[:, 3:4].expand_as(z).clone()      # z at the key, everywhere
-    def look_at_itself(pattern, hook): return torch.eye(pattern.shape[-1]).expand_as(pattern)
+    def copy(z, hook):
+        return z[:, 3:4].expand_as(z).clone()  # z at the key, everywhere
+
+    def look_at_itself(pattern, hook):
+        return torch.eye(pattern.shape[-1]).expand_as(pattern)
+
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", look_at_itself), ("blocks.0.attn.hook_z", copy)]):
         ratios = head_ratios(model, batch, nulls=["fixed"])
     assert ratios["pr_fixed"][0].max() < 1.0001 and ratios["pr"][0].min() > 2
@@ -114,11 +161,12 @@ def test_trajectory_numbers_by_hand():
     assert pr_spread(pr) == 3 and pr_rise(pr) == 2
     assert pr_integral(pr, tokens) == pytest.approx(math.log(10) * (0.5 * (1 + 3) + 0.5 * (3 + 2)))
     assert pr_integral(np.stack([pr, pr]), torch.tensor(tokens)).shape == (2,)
-    assert pr_integral([0.5, 0.5], [1, 2]) == 0                     # below one counts as nothing
+    assert pr_integral([0.5, 0.5], [1, 2]) == 0  # below one counts as nothing
     assert transition_step([5.0, 1.0, 3.0, 2.0], [0, 10, 20, 30]) == 15
     assert np.isnan(transition_step([3.0, 2.0, 1.0], [0, 1, 2]))
     for bad in ([1, 1, 2, 3], [-1, 0, 1, 2], [1, 2, 3]):
-        with pytest.raises(ValueError, match="tokens"): pr_integral(pr, bad)
+        with pytest.raises(ValueError, match="tokens"):
+            pr_integral(pr, bad)
 
 
 def test_elbow_and_ranks():
@@ -126,10 +174,16 @@ def test_elbow_and_ranks():
     scores[[1, 2, 3], [5, 0, 7]] = [9, 8, 8.5]
     assert pick_heads(scores) == [(1, 5), (3, 7), (2, 0)] and elbow(scores)[0] == 3
     table = rank_heads(scores)
-    assert table.share.is_monotonic_increasing and table.share.iloc[-1] == pytest.approx(1) and table["rank"].tolist() == list(range(1, 33))
+    assert (
+        table.share.is_monotonic_increasing
+        and table.share.iloc[-1] == pytest.approx(1)
+        and table["rank"].tolist() == list(range(1, 33))
+    )
     assert false_positives(scores, scores + 1) == (3, 32) and false_positives(np.ones((2, 2)), scores) == (0, 32)
-    with pytest.raises(ValueError, match="finite"): elbow([1.0, float("nan")])
-    with pytest.raises(ValueError, match="two"): elbow([1.0])
+    with pytest.raises(ValueError, match="finite"):
+        elbow([1.0, float("nan")])
+    with pytest.raises(ValueError, match="two"):
+        elbow([1.0])
 
 
 def test_selectivity_of_a_planted_head(tiny_model):
@@ -139,7 +193,9 @@ def test_selectivity_of_a_planted_head(tiny_model):
         pattern = torch.zeros_like(pattern)
         pattern[..., 0], pattern[..., 3] = 0.1, 0.9
         return pattern
-    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", plant)]): found = key_attention(model, batch)
+
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", plant)]):
+        found = key_attention(model, batch)
     expected = 0.9 / np.mean([0.1 / q for q in batch.positions["end"].tolist()])
     np.testing.assert_allclose(found["attention"][1], 0.9, rtol=1e-5)
     np.testing.assert_allclose(found["selectivity"][1], expected, rtol=1e-4)
@@ -147,7 +203,8 @@ def test_selectivity_of_a_planted_head(tiny_model):
 
 def test_readout_generalises_only_where_the_code_is_linear(tiny_model, monkeypatch):
     "One head writes a linear image of the answer's unembedding, the others noise; answers of the test never occur in training."
-    import spectral_nb.fingerprint as fingerprint
+    import spectral_nb.fingerprint.ratios as fingerprint
+
     model, batch, noise = tiny_model("gpt2", "raw"), toy_batch(400), torch.Generator().manual_seed(0)
     train = dataclasses.replace(batch, answer=torch.arange(400) % 40 + 1)
     test = dataclasses.replace(batch, answer=torch.arange(400) % 20 + 45)
@@ -157,6 +214,7 @@ def test_readout_generalises_only_where_the_code_is_linear(tiny_model, monkeypat
         z = torch.randn(400, 2, 4, 8, generator=noise).double()
         z[:, 1, 2] = model.W_U[:, prompts.answer].T.double() @ project
         return z
+
     monkeypatch.setattr(fingerprint, "_outputs", outputs)
     hits, chance = codeword_readout(model, train, test)
     # 8 of 32 dimensions of an isotropic unembedding: far above chance, not perfect; noise stays at chance (sd 0.011)
@@ -168,9 +226,12 @@ def test_weighted_gap_of_known_changes():
     assert weighted_gap(np.ones((3, 5))) > 1e5 and weighted_gap(np.zeros((3, 5))) == pytest.approx(1)
     parameters = np.random.default_rng(0).normal(size=(8, 1, 2, 30)).cumsum(0)
     gap = rolling_gap(parameters, 3)
-    assert np.isnan(gap[..., :3]).all() and gap[0, 1, 5] == pytest.approx(weighted_gap(np.diff(parameters[2:6, 0, 1], axis=0)))
+    assert np.isnan(gap[..., :3]).all() and gap[0, 1, 5] == pytest.approx(
+        weighted_gap(np.diff(parameters[2:6, 0, 1], axis=0))
+    )
     np.testing.assert_allclose(rolling_gap(5 * parameters, 3)[..., 3:], gap[..., 3:])
-    with pytest.raises(ValueError, match="two"): weighted_gap(np.ones((1, 4)))
+    with pytest.raises(ValueError, match="two"):
+        weighted_gap(np.ones((1, 4)))
 
 
 def test_finder_scores():
@@ -181,8 +242,9 @@ def test_finder_scores():
 def test_recurrence_by_enumeration():
     result = recurrence({1: [(0, 0)], 2: [(0, 0)], 3: [(0, 1)]}, 1, 2, n_draws=4000)
     assert result["overlap"] == pytest.approx(1 / 3) and result["expected"] == pytest.approx(0.5, abs=0.02)
-    assert result["p"] > 0.9                                      # the least overlap that three picks of two heads can have
-    with pytest.raises(ValueError, match="two seeds"): recurrence({1: [(0, 0)]}, 1, 2)
+    assert result["p"] > 0.9  # the least overlap that three picks of two heads can have
+    with pytest.raises(ValueError, match="two seeds"):
+        recurrence({1: [(0, 0)]}, 1, 2)
 
 
 def test_auc_equals_counting_pairs():
@@ -193,9 +255,12 @@ def test_auc_equals_counting_pairs():
 
 def test_start_prediction_of_noise_is_not_significant():
     rng = np.random.default_rng(3)
-    heads = pd.DataFrame([(s, h // 4, h % 4, rng.normal(), h % 5 == 0) for s in range(10) for h in range(12)],
-                         columns=["seed", "layer", "head", "start_top", "pick_spread"])
-    for within in ("seed", "layer"): assert start_prediction(heads, "start_top", within=within, n_draws=200)["p"] > 0.05
+    heads = pd.DataFrame(
+        [(s, h // 4, h % 4, rng.normal(), h % 5 == 0) for s in range(10) for h in range(12)],
+        columns=["seed", "layer", "head", "start_top", "pick_spread"],
+    )
+    for within in ("seed", "layer"):
+        assert start_prediction(heads, "start_top", within=within, n_draws=200)["p"] > 0.05
 
 
 def test_ablation_conditions_leave_the_own_picks_out_of_the_controls():
@@ -206,19 +271,30 @@ def test_ablation_conditions_leave_the_own_picks_out_of_the_controls():
     assert sum(c == "matched model" for c, _ in conditions) == 20
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"score": "sprad"}, "did you mean 'spread'"), ({"n_prompts": 1}, "n_prompts"),
-    ({"processing": "fold"}, "did you mean 'folded'"), ({"model_name": ""}, "model_name"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "sprad"}, "did you mean 'spread'"),
+        ({"n_prompts": 1}, "n_prompts"),
+        ({"processing": "fold"}, "did you mean 'folded'"),
+        ({"model_name": ""}, "model_name"),
+    ],
+)
 def test_bad_settings_are_refused(change, message):
-    with pytest.raises(ValueError, match=message): FingerprintConfig(**change)
+    with pytest.raises(ValueError, match=message):
+        FingerprintConfig(**change)
 
 
 def test_committed_tables_are_complete():
-    if not tables_dir().is_dir(): pytest.skip("tables are absent")
+    if not tables_dir().is_dir():
+        pytest.skip("tables are absent")
     tables = load_seed_tables()
     seeds = set(tables["heads"].seed)
-    assert len(seeds) == 12 and {42, 271, 149} <= seeds and set(tables["trajectory"].seed) == seeds == set(tables["ablation"].seed)
+    assert (
+        len(seeds) == 12
+        and {42, 271, 149} <= seeds
+        and set(tables["trajectory"].seed) == seeds == set(tables["ablation"].seed)
+    )
     assert len(tables["heads"]) == 12 * 12 and tables["trajectory"].value.notna().all()
     base = tables["ablation"].query("condition == 'baseline' and step == 1600")
     assert (base.accuracy > 0.9).all()
@@ -228,9 +304,10 @@ def test_committed_tables_are_complete():
 
 @zoo
 def test_trajectory_of_a_shipped_model():
-    from spectral_nb.grammar import story_tokenizer
-    from spectral_nb.models import list_revisions
-    from spectral_nb.tasks import retrieval
+    from spectral_nb.prompts.grammar import story_tokenizer
+    from spectral_nb.models.loading import list_revisions
+    from spectral_nb.prompts.tasks import retrieval
+
     revisions = list_revisions("story-gpt2-s42")
     batch = retrieval(story_tokenizer(), 80, seed=5)
     table = trajectory("story-gpt2-s42", [revisions[0], revisions[-1]], batch, nulls=["fixed"])
@@ -238,6 +315,7 @@ def test_trajectory_of_a_shipped_model():
     fixed = as_array(table, "pr_fixed")[0]
     assert steps[0] == 0 and pr[..., 0].max() < 1.5 and pr[..., -1].max() > 4
     best = np.unravel_index((pr - fixed)[..., -1].argmax(), pr.shape[:2])
-    assert fixed[(*best, -1)] < 2                                 # what it carries is the codeword
+    assert fixed[(*best, -1)] < 2  # what it carries is the codeword
     assert set(table.processing) == {"raw"} and table.tokens.max() > 0
-    with pytest.raises(ValueError, match="revision"): trajectory("story-gpt2-s42", ["step7"], batch)
+    with pytest.raises(ValueError, match="revision"):
+        trajectory("story-gpt2-s42", ["step7"], batch)

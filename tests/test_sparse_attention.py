@@ -1,4 +1,5 @@
 "The sparse attention section: controls, stability, dates, tables, and what it refuses."
+
 import conftest
 import numpy as np
 import pandas as pd
@@ -6,17 +7,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from spectral_nb import slices as sl
-from spectral_nb import slices_origins as so
+from spectral_nb.attention import slices as sl
+from spectral_nb.attention import origins as so
 from spectral_nb import sparse_attention as sa
-from spectral_nb.circuits import capture, firings, select_slices, slice_coordinates
-from spectral_nb.models import ArchSpec, list_models
-from spectral_nb.prompts import PromptBatch
+from spectral_nb.attention.omega import capture, firings, select_slices, slice_coordinates
+from spectral_nb.models.loading import ArchSpec, list_models
+from spectral_nb.prompts.batches import PromptBatch
 
 
 @pytest.fixture(scope="module")
 def made():
-    from spectral_nb.models import from_hf
+    from spectral_nb.models.loading import from_hf
+
     store = {}
 
     def get(architecture):
@@ -24,10 +26,19 @@ def made():
             model = from_hf(conftest.tiny_hf(architecture), name=f"tiny-{architecture}")
             tokens = conftest.random_tokens(12, 16)
             n = torch.zeros(12, dtype=torch.long)
-            batch = PromptBatch("ioi", tokens, torch.ones_like(tokens, dtype=torch.bool), {"end": n + 15, "IO": n + 3}, tokens[:, 3],
-                                tokens[:, 5], [""] * 12, 0)
+            batch = PromptBatch(
+                "ioi",
+                tokens,
+                torch.ones_like(tokens, dtype=torch.bool),
+                {"end": n + 15, "IO": n + 3},
+                tokens[:, 3],
+                tokens[:, 5],
+                [""] * 12,
+                0,
+            )
             store[architecture] = model, batch, sl.measure_slices(model, batch)
         return store[architecture]
+
     return get
 
 
@@ -69,7 +80,15 @@ def test_random_bases_see_planted_sparsity():
     a[:, 2] = 3.0
     noise = torch.randn(n, d, generator=torch.Generator().manual_seed(0)) * 0.1
     pairs = sl.Pairs(range(n), [0] * n, [0] * n, [1] * n, [1] * n)
-    data = sl.SliceData(None, pairs, a + noise, torch.ones(n, d), a + noise.flip(0), select_slices((a + noise) * (a + noise.flip(0))), "paper")
+    data = sl.SliceData(
+        None,
+        pairs,
+        a + noise,
+        torch.ones(n, d),
+        a + noise.flip(0),
+        select_slices((a + noise) * (a + noise.flip(0))),
+        "paper",
+    )
     counts = sl.random_basis_counts(data, n_draws=10)["share:0.9"]
     assert counts.mean() > 4 and select_slices(data.terms, "share:0.9").sum(1).float().mean() < 1.5
 
@@ -117,7 +136,8 @@ def test_non_firings_do_not_fire_and_are_as_many(made):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "olmoe", "gpt_neox"])
 def test_upstream_contributions_against_equation_8(made, architecture):
     "One pair at a time from the oriented singular vectors."
-    from spectral_nb.circuits import component_outputs, slice_vectors
+    from spectral_nb.attention.omega import component_outputs, slice_vectors
+
     model, batch, data = made(architecture)
     _, values = so.upstream_contributions(model, batch, data, 1)
     at = (data.pairs.layer == 1).nonzero().squeeze(1)
@@ -148,7 +168,9 @@ def test_auc_and_its_interval():
 
 
 def test_dates():
-    table = pd.DataFrame(dict(tokens=[0, 10, 20, 30], revision=list("abcd"), overlap=[0.1, 0.6, 0.3, 0.9], accuracy=[0, 0, 0, 1.0]))
+    table = pd.DataFrame(
+        dict(tokens=[0, 10, 20, 30], revision=list("abcd"), overlap=[0.1, 0.6, 0.3, 0.9], accuracy=[0, 0, 0, 1.0])
+    )
     assert so.date(table, "overlap", 0.5) == dict(tokens=30, before=20, revision="d")
     assert so.date(table, "overlap", 0.2) == dict(tokens=10, before=0, revision="b")
     assert np.isnan(so.date(table, "overlap", 0.95)["tokens"])
@@ -160,7 +182,9 @@ def test_dates():
 
 def test_consensus_needs_a_share_and_a_number():
     mask = torch.tensor([[1, 1, 0]] * 3 + [[1, 0, 0]] * 3, dtype=torch.bool)
-    data = sl.SliceData(None, sl.Pairs(range(6), [0] * 6, [0] * 6, [2] * 6, [1] * 6), *[torch.ones(6, 3)] * 3, mask, "paper")
+    data = sl.SliceData(
+        None, sl.Pairs(range(6), [0] * 6, [0] * 6, [2] * 6, [1] * 6), *[torch.ones(6, 3)] * 3, mask, "paper"
+    )
     assert so.consensus_slices(data, 0, 0) == [0, 1]
     assert so.consensus_slices(data, 0, 0, share=0.6) == [0]
     assert so.consensus_slices(data, 0, 0, min_firings=7) == []
@@ -174,11 +198,18 @@ def test_a_task_from_end_to_end(made, architecture):
     m = sa.measure_task(model, batch, cfg)
     assert m.table.untrained_slices.isna().all() and (m.table.random_slices >= 1).all()
     table = sa.long_table(model, [m])
-    assert {"model", "revision", "tokens", "processing", "task", "layer", "head", "metric", "value"} <= set(table.columns)
+    assert {"model", "revision", "tokens", "processing", "task", "layer", "head", "metric", "value"} <= set(
+        table.columns
+    )
     assert {"n_opposing", "mass_opposing", "mass_building", "jaccard_within"} <= set(table.metric)
     assert not table.duplicated(["task", "layer", "head", "metric"]).any()
     found = sa.claims(model, [m])
-    assert len(found) and found.effect.notna().all() and (found.ci_low <= found.effect).all() and (found.effect <= found.ci_high).all()
+    assert (
+        len(found)
+        and found.effect.notna().all()
+        and (found.ci_low <= found.effect).all()
+        and (found.effect <= found.ci_high).all()
+    )
 
 
 def test_a_task_without_firings_is_an_empty_row_not_an_error(made):
@@ -191,10 +222,18 @@ def test_a_task_without_firings_is_an_empty_row_not_an_error(made):
     assert len(sa.control_table([m])) == 0
 
 
-@pytest.mark.parametrize("bad, message", [
-    (dict(tasks="ioi retreival"), "retrieval"), (dict(tasks=" "), "tasks"), (dict(rule="share:2"), "rule"), (dict(processing="fold"), "folded"),
-    (dict(threshold=-0.1), "threshold"), (dict(n_prompts=1), "n_prompts"), (dict(n_draws=0), "n_draws"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (dict(tasks="ioi retreival"), "retrieval"),
+        (dict(tasks=" "), "tasks"),
+        (dict(rule="share:2"), "rule"),
+        (dict(processing="fold"), "folded"),
+        (dict(threshold=-0.1), "threshold"),
+        (dict(n_prompts=1), "n_prompts"),
+        (dict(n_draws=0), "n_draws"),
+    ],
+)
 def test_bad_configuration_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         sa.SparseAttentionConfig(**bad)

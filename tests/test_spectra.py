@@ -1,4 +1,5 @@
 "Spectra of factored matrices against torch.linalg.svd of the full product in float64."
+
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from spectral_nb import spectra as sp
+from spectral_nb.attention import spectra as sp
 
 
 def factors(seed, m, n, r, batch=(), rank=None, dtype=torch.float64):
@@ -20,7 +21,9 @@ def factors(seed, m, n, r, batch=(), rank=None, dtype=torch.float64):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 9999), st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.sampled_from([(), (3,), (2, 2)]))
+@given(
+    st.integers(0, 9999), st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.sampled_from([(), (3,), (2, 2)])
+)
 def test_equals_the_svd_of_the_product(seed, m, n, r, batch):
     left, right = factors(seed, m, n, r, batch)
     k = min(m, n, r)
@@ -41,7 +44,9 @@ def test_equals_the_svd_of_the_product(seed, m, n, r, batch):
 @given(st.integers(0, 9999), st.integers(1, 5), st.integers(1, 5))
 def test_signs_depend_on_the_product_alone(seed, rank_extra, scale):
     left, right = factors(seed, 9, 8, 4)
-    mix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1)) + scale * torch.eye(4)
+    mix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1)) + scale * torch.eye(
+        4
+    )
     U, S, Vh = sp.factored_svd(left, right)
     if (S[:-1] / S[1:]).min() < 1.001 or torch.linalg.cond(mix) > 1e4:
         return  # nearly repeated values leave the vectors free
@@ -85,7 +90,12 @@ def test_small_values_keep_their_digits_in_double_precision():
     q = torch.linalg.qr(torch.randn(30, 4, dtype=torch.float64)).Q
     wanted = torch.tensor([1.0, 1e-4, 1e-8, 1e-11], dtype=torch.float64)
     left = (q * wanted).float()
-    assert_close(sp.factored_singular_values(left, q, dtype=torch.float64), torch.linalg.svdvals(left.double()), rtol=1e-3, atol=1e-15)
+    assert_close(
+        sp.factored_singular_values(left, q, dtype=torch.float64),
+        torch.linalg.svdvals(left.double()),
+        rtol=1e-3,
+        atol=1e-15,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -135,7 +145,10 @@ def test_zero_matrices_have_no_direction():
 @given(st.integers(0, 9999), st.integers(1, 4), st.integers(1, 4))
 def test_principal_angles_match_the_definition(seed, k, m):
     draw = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(9, k, generator=draw, dtype=torch.float64), torch.randn(9, m, generator=draw, dtype=torch.float64)
+    a, b = (
+        torch.randn(9, k, generator=draw, dtype=torch.float64),
+        torch.randn(9, m, generator=draw, dtype=torch.float64),
+    )
     qa, qb = torch.linalg.qr(a).Q, torch.linalg.qr(b).Q
     cosines = torch.linalg.svdvals(qa.mT @ qb)
     assert_close(sp.principal_angles(a, b).cos(), cosines, atol=1e-9, rtol=0)
@@ -148,21 +161,27 @@ def test_small_angles_keep_their_digits():
     assert sp.principal_angles(torch.eye(2, 1), tilted).item() == pytest.approx(1e-9, rel=1e-5)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: sp.factored_svd(torch.ones(3), torch.ones(3, 1)), "left has shape"),
-    (lambda: sp.factored_svd(torch.ones(3, 2), torch.ones(3, 1)), "differ in their last axis"),
-    (lambda: sp.factored_svd(torch.ones(2, 3, 1), torch.ones(3, 3, 1)), "batch axes"),
-    (lambda: sp.factored_svd(torch.ones(3, 1), torch.full((3, 1), float("inf"))), "right has values that are not finite"),
-    (lambda: sp.factored_svd(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1)), "dtype torch.int64"),
-    (lambda: sp.factored_svd(torch.ones(3, 0), torch.ones(3, 0)), "empty matrix"),
-    (lambda: sp.participation_ratio(torch.eye(2), "shannon"), "allowed: entropy"),
-    (lambda: sp.participation_ratio_from_gram(torch.ones(2, 3)), "square"),
-    (lambda: sp.participation_ratio_from_gram(torch.tensor([[1.0, 1.0], [0.0, 1.0]])), "not symmetric"),
-    (lambda: sp.participation_ratio_from_gram(-torch.eye(2)), "negative eigenvalue"),
-    (lambda: sp.subspace_overlap(torch.ones(4, 2), torch.eye(4)), "a has dependent columns"),
-    (lambda: sp.principal_angles(torch.eye(4, 1), torch.eye(5, 1)), "different dimensions"),
-    (lambda: sp.principal_angles(torch.ones(2, 3), torch.eye(2)), "cannot be independent"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: sp.factored_svd(torch.ones(3), torch.ones(3, 1)), "left has shape"),
+        (lambda: sp.factored_svd(torch.ones(3, 2), torch.ones(3, 1)), "differ in their last axis"),
+        (lambda: sp.factored_svd(torch.ones(2, 3, 1), torch.ones(3, 3, 1)), "batch axes"),
+        (
+            lambda: sp.factored_svd(torch.ones(3, 1), torch.full((3, 1), float("inf"))),
+            "right has values that are not finite",
+        ),
+        (lambda: sp.factored_svd(torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1)), "dtype torch.int64"),
+        (lambda: sp.factored_svd(torch.ones(3, 0), torch.ones(3, 0)), "empty matrix"),
+        (lambda: sp.participation_ratio(torch.eye(2), "shannon"), "allowed: entropy"),
+        (lambda: sp.participation_ratio_from_gram(torch.ones(2, 3)), "square"),
+        (lambda: sp.participation_ratio_from_gram(torch.tensor([[1.0, 1.0], [0.0, 1.0]])), "not symmetric"),
+        (lambda: sp.participation_ratio_from_gram(-torch.eye(2)), "negative eigenvalue"),
+        (lambda: sp.subspace_overlap(torch.ones(4, 2), torch.eye(4)), "a has dependent columns"),
+        (lambda: sp.principal_angles(torch.eye(4, 1), torch.eye(5, 1)), "different dimensions"),
+        (lambda: sp.principal_angles(torch.ones(2, 3), torch.eye(2)), "cannot be independent"),
+    ],
+)
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()

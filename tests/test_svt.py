@@ -1,17 +1,36 @@
 "Singular vector tracing against a literal recursion of Algorithm 1, and the graphs made of traces."
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import random_tokens, tiny_hf
 
-from spectral_nb.core import head_name
-from spectral_nb.models import ArchSpec, apply_rotation, head_weights, rotation
-from spectral_nb.planted import PLANTED, planted
-from spectral_nb.prompts import PromptBatch
-from spectral_nb.trace_graphs import (communication_edges, draw_graph, filter_graph, graph_heads, known_heads, precision_recall, read_graph, skeleton,
-                                      trace_graph, write_graph)
-from spectral_nb.tracing import TraceOptions, all_outputs, contributions, find_roots, logit_attribution, trace, trace_tables
+from spectral_nb.base.checks import head_name
+from spectral_nb.models.loading import ArchSpec, apply_rotation, head_weights, rotation
+from spectral_nb.models.planted import PLANTED, planted
+from spectral_nb.prompts.batches import PromptBatch
+from spectral_nb.tracing.graphs import (
+    communication_edges,
+    draw_graph,
+    filter_graph,
+    graph_heads,
+    known_heads,
+    precision_recall,
+    read_graph,
+    skeleton,
+    trace_graph,
+    write_graph,
+)
+from spectral_nb.tracing.recursion import (
+    TraceOptions,
+    all_outputs,
+    contributions,
+    find_roots,
+    logit_attribution,
+    trace,
+    trace_tables,
+)
 
 ROLES = ("end", "third")
 
@@ -20,18 +39,29 @@ def toy_batch(tokens, lengths=None) -> PromptBatch:
     "Random tokens as a task with two roles."
     n, width = tokens.shape
     lengths = torch.full((n,), width) if lengths is None else torch.tensor(lengths)
-    return PromptBatch(task="toy", tokens=tokens, attention_mask=torch.arange(width) < lengths[:, None],
-                       positions={"end": lengths - 1, "third": torch.full((n,), 2)}, answer=torch.ones(n, dtype=torch.long),
-                       wrong=torch.full((n,), 2), text=["toy"] * n, pad_token_id=0)
+    return PromptBatch(
+        task="toy",
+        tokens=tokens,
+        attention_mask=torch.arange(width) < lengths[:, None],
+        positions={"end": lengths - 1, "third": torch.full((n,), 2)},
+        answer=torch.ones(n, dtype=torch.long),
+        wrong=torch.full((n,), 2),
+        text=["toy"] * n,
+        pad_token_id=0,
+    )
 
 
 def peaked(architecture: str, n_layers: int = 2, seed: int = 0):
     "A random model whose queries and keys are large, so that many heads fire."
-    from spectral_nb.models import from_hf
-    hf = tiny_hf(architecture, seed, **(dict(n_layer=n_layers) if architecture == "gpt2" else dict(num_hidden_layers=n_layers)))
+    from spectral_nb.models.loading import from_hf
+
+    hf = tiny_hf(
+        architecture, seed, **(dict(n_layer=n_layers) if architecture == "gpt2" else dict(num_hidden_layers=n_layers))
+    )
     with torch.no_grad():
         for name, p in hf.named_parameters():
-            if p.ndim == 2 and any(part in name for part in ("c_attn", "query_key_value", "q_proj", "k_proj")): p.mul_(8 if "c_attn" in name else 3)
+            if p.ndim == 2 and any(part in name for part in ("c_attn", "query_key_value", "q_proj", "k_proj")):
+                p.mul_(8 if "c_attn" in name else 3)
     return from_hf(hf, name=f"peaked-{architecture}")
 
 
@@ -41,11 +71,13 @@ class Literal:
     def __init__(self, model, batch, threshold=0.5, share=0.7):
         self.spec, self.threshold, self.share = ArchSpec.from_model(model), threshold, share
         self.model, self.lengths = model, batch.lengths.tolist()
-        with torch.no_grad(): _, self.cache = model.run_with_cache(batch.tokens)
+        with torch.no_grad():
+            _, self.cache = model.run_with_cache(batch.tokens)
         self.weights = [head_weights(model, layer) for layer in range(self.spec.n_layers)]
         self.svd, self.seen, self.edges = {}, set(), {}
 
-    def value(self, name, layer): return self.cache[f"blocks.{layer}.{name}"].double().numpy()
+    def value(self, name, layer):
+        return self.cache[f"blocks.{layer}.{name}"].double().numpy()
 
     def omega(self, layer, head, offset):
         key = (layer, head, offset if self.spec.positions == "rotary" else 0)
@@ -53,20 +85,23 @@ class Literal:
             w, d = self.weights[layer], self.spec.d_head
             Q = np.vstack([w.W_Q[head].double().numpy(), w.b_Q[head].double().numpy()[None]])
             K = np.vstack([w.W_K[head].double().numpy(), w.b_K[head].double().numpy()[None]])
-            if w.q_gain is not None: Q, K = Q * w.q_gain[head].double().numpy(), K * w.k_gain[head].double().numpy()
+            if w.q_gain is not None:
+                Q, K = Q * w.q_gain[head].double().numpy(), K * w.k_gain[head].double().numpy()
             turn = rotation(self.model, torch.tensor([abs(offset)]))
             R = np.eye(d)
             if turn is not None:
-                R = apply_rotation(torch.eye(d), *turn).numpy().astype(float)          # rows: R e_m, so R.T in matrix form
+                R = apply_rotation(torch.eye(d), *turn).numpy().astype(float)  # rows: R e_m, so R.T in matrix form
                 R = R.T if offset >= 0 else R
             U, S, Vh = np.linalg.svd(Q @ R @ K.T)
             self.svd[key] = U[:, :d], S[:d], Vh[:d].T
         return self.svd[key]
 
     def norm_scale(self, which, b, layer, head, t):
-        if not self.spec.qk_norm: return 1.0
+        if not self.spec.qk_norm:
+            return 1.0
         scale = self.value(f"attn.{which}_norm.hook_scale", layer)
-        if self.spec.qk_norm == "full": return scale[b, t, 0]
+        if self.spec.qk_norm == "full":
+            return scale[b, t, 0]
         return scale[b, head // (self.spec.n_heads // scale.shape[1]), t, 0]
 
     def slices(self, b, layer, head, i, j):
@@ -82,47 +117,67 @@ class Literal:
         for k in sorted(range(len(S)), key=lambda k: -terms[k]):
             chosen.append(k)
             running += terms[k]
-            if running > total: break
+            if running > total:
+                break
         return [(k, 1.0 if xi @ U[:, k] >= 0 else -1.0) for k in chosen], U, S, V
 
     def contribution(self, b, layer, head, t, which, up_layer, up_head, slices, vectors, S):
         o = self.value("attn.hook_z", up_layer)[b, t, up_head] @ self.weights[up_layer].W_O[up_head].double().numpy()
-        if "layernorm" in self.spec.norm: o = o - o.mean()
+        if "layernorm" in self.spec.norm:
+            o = o - o.mean()
         value = 0.0
-        for k, sign in slices: value += np.sqrt(S[k]) * sign * (vectors[:-1, k] @ o)
+        for k, sign in slices:
+            value += np.sqrt(S[k]) * sign * (vectors[:-1, k] @ o)
         return value / self.value("ln1.hook_scale", layer)[b, t, 0] / self.norm_scale(which, b, layer, head, t)
 
     def fires(self, b, layer, head, i, j):
-        return (j != 0 and self.value("attn.hook_pattern", layer)[b, head, i, j] >= self.threshold
-                and self.value("attn.hook_attn_scores", layer)[b, head, i, j] > 0)
+        return (
+            j != 0
+            and self.value("attn.hook_pattern", layer)[b, head, i, j] >= self.threshold
+            and self.value("attn.hook_attn_scores", layer)[b, head, i, j] > 0
+        )
 
     def visit(self, b, layer, head, i, j):
-        if (b, layer, head, i, j) in self.seen: return
+        if (b, layer, head, i, j) in self.seen:
+            return
         self.seen.add((b, layer, head, i, j))
         slices, U, S, V = self.slices(b, layer, head, i, j)
         for token, t, vectors in (("destination", i, U), ("source", j, V)):
-            found = {(ul, uh): self.contribution(b, layer, head, t, "q" if token == "destination" else "k", ul, uh, slices, vectors, S)
-                     for ul in range(layer) for uh in range(self.spec.n_heads)}
+            found = {
+                (ul, uh): self.contribution(
+                    b, layer, head, t, "q" if token == "destination" else "k", ul, uh, slices, vectors, S
+                )
+                for ul in range(layer)
+                for uh in range(self.spec.n_heads)
+            }
             total, running = sum(found.values()), 0.0
-            if total <= 0: continue
+            if total <= 0:
+                continue
             for up, value in sorted(found.items(), key=lambda item: -item[1]):
-                if running >= self.share * total: break
+                if running >= self.share * total:
+                    break
                 running += value
                 self.edges[b, layer, head, i, j, token, *up] = value
                 for source in range(t + 1):
-                    if self.fires(b, *up, t, source): self.visit(b, *up, t, source)
+                    if self.fires(b, *up, t, source):
+                        self.visit(b, *up, t, source)
 
     def run(self, roots, q_pos):
         for b in range(len(self.lengths)):
             for layer, head in roots:
                 for j in range(int(q_pos[b]) + 1):
-                    if self.fires(b, layer, head, int(q_pos[b]), j): self.visit(b, layer, head, int(q_pos[b]), j)
+                    if self.fires(b, layer, head, int(q_pos[b]), j):
+                        self.visit(b, layer, head, int(q_pos[b]), j)
         return self.edges
 
 
 def as_dict(edges: pd.DataFrame) -> dict:
     columns = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream_layer", "upstream_head"]
-    return {key: value for *key, value in edges[[*columns, "contribution"]].itertuples(index=False, name=None) for key in [tuple(key)]}
+    return {
+        key: value
+        for *key, value in edges[[*columns, "contribution"]].itertuples(index=False, name=None)
+        for key in [tuple(key)]
+    }
 
 
 def firing_roots(model, batch, options) -> list:
@@ -138,7 +193,7 @@ def compare(model, batch, options, roots=None):
     expected = Literal(model, batch, options.threshold, options.share).run(roots, batch.positions[options.q_role])
     edges = trace(model, batch, roots, options)
     found = as_dict(edges)
-    assert len(found) == len(edges) > 0                                    # every place is visited once
+    assert len(found) == len(edges) > 0  # every place is visited once
     assert found.keys() == expected.keys()
     scale = max(abs(v) for v in expected.values())
     assert max(abs(found[k] - expected[k]) for k in expected) < 1e-4 * scale
@@ -150,11 +205,12 @@ def test_trace_is_the_literal_recursion(architecture):
     model = peaked(architecture, 3, seed=1)
     batch = toy_batch(random_tokens(6, 10), [10, 10, 7, 9, 10, 5])
     edges = compare(model, batch, TraceOptions(threshold=0.4))
-    assert (edges["layer"] < 2).any()                                   # the recursion went down
+    assert (edges["layer"] < 2).any()  # the recursion went down
 
 
 def test_trace_on_a_trained_model(stories260k):
-    from spectral_nb.core import reference_dir
+    from spectral_nb.base.paths import reference_dir
+
     text = (reference_dir() / "stories260k/stories.txt").read_text().split("\n")
     stories = [line for line in text if len(line) > 60][:4]
     ids = [stories260k.tokenizer(s)["input_ids"][:24] for s in stories]
@@ -189,8 +245,9 @@ def test_the_distractor_writes_most(name):
 
 def test_all_components_sum_to_the_signal(tiny_model):
     "Contributions of heads, MLPs, embeddings and biases, with the appended 1, are the signal: 1e-4."
-    from spectral_nb.circuits import capture, firings
-    from spectral_nb.tracing import reading_vectors
+    from spectral_nb.attention.omega import capture, firings
+    from spectral_nb.tracing.recursion import reading_vectors
+
     for architecture in ("gpt2", "gpt_neox", "llama", "olmoe"):
         model = tiny_model(architecture)
         acts = capture(model, random_tokens(3, 9))
@@ -199,14 +256,19 @@ def test_all_components_sum_to_the_signal(tiny_model):
         read = reading_vectors(model, acts, pairs)
         everything = all_outputs(model, random_tokens(3, 9), 1)
         positions = torch.stack([pairs.q_pos, pairs.k_pos])
-        total = contributions(everything.outputs, (pairs.prompt * 9 + positions).flatten(), read.vectors.flatten(0, 1)).sum(-1).view(2, -1)
+        total = (
+            contributions(everything.outputs, (pairs.prompt * 9 + positions).flatten(), read.vectors.flatten(0, 1))
+            .sum(-1)
+            .view(2, -1)
+        )
         scale = torch.stack([acts.ln_scale[1, pairs.prompt, pos] for pos in positions])
         bias = read.bias * scale
-        if acts.q_scale is not None:                                       # bias is over both norms, the appended 1 of x over the second alone
+        if acts.q_scale is not None:  # bias is over both norms, the appended 1 of x over the second alone
             assert (read.signal - total).abs().max() < 1e-4 * read.signal.abs().max()
         elif architecture in ("llama",):
             assert (read.signal - total).abs().max() < 1e-4 * read.signal.abs().max()
-        else: assert (read.signal - total - bias).abs().max() < 1e-4 * read.signal.abs().max()
+        else:
+            assert (read.signal - total - bias).abs().max() < 1e-4 * read.signal.abs().max()
 
 
 def test_components_all_reports_embeddings():
@@ -225,7 +287,9 @@ def test_batching_and_padding_change_nothing():
     whole = trace(model, batch, roots, options)
     parts = trace(model, batch, roots, options, batch_size=2)
     keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]
-    assert whole[keys].astype(str).equals(parts[keys].astype(str)) and whole["prompt"].is_monotonic_increasing      # the order too
+    assert (
+        whole[keys].astype(str).equals(parts[keys].astype(str)) and whole["prompt"].is_monotonic_increasing
+    )  # the order too
     np.testing.assert_allclose(whole["contribution"], parts["contribution"], rtol=1e-3, atol=1e-4)
     assert (whole["q_pos"].to_numpy() < batch.lengths.numpy()[whole["prompt"]]).all()
 
@@ -234,7 +298,7 @@ def test_gathering_or_not_is_the_same(monkeypatch):
     o, w, t = torch.randn(7, 11, 5), torch.randn(40, 5), torch.randint(0, 11, (40,))
     gathered = contributions(o, t, w)
     torch.testing.assert_close(gathered, torch.stack([o[:, i] @ v for i, v in zip(t.tolist(), w, strict=True)]))
-    monkeypatch.setattr("spectral_nb.tracing._GATHER", 0)
+    monkeypatch.setattr("spectral_nb.tracing.recursion._GATHER", 0)
     torch.testing.assert_close(contributions(o, t, w), gathered)
 
 
@@ -243,7 +307,9 @@ def test_homogeneous_adds_one_constant_to_every_head():
     options = TraceOptions(threshold=0.2, share=1.0)
     roots = firing_roots(model, batch, options)
     keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]
-    plain, ones = (trace(model, batch, roots, options, homogeneous=h).set_index(keys)["contribution"] for h in (False, True))
+    plain, ones = (
+        trace(model, batch, roots, options, homogeneous=h).set_index(keys)["contribution"] for h in (False, True)
+    )
     both = plain.to_frame("a").join(ones.to_frame("b"), how="inner")
     shift = (both["b"] - both["a"]).groupby(level=[0, 1, 2, 3, 4, 5], observed=True)
     assert (shift.max() - shift.min()).max() < 1e-4 and shift.mean().abs().max() > 1e-3
@@ -251,18 +317,25 @@ def test_homogeneous_adds_one_constant_to_every_head():
 
 def test_bad_input(tiny_model):
     model, batch = tiny_model("gpt2"), toy_batch(random_tokens(3, 6))
-    with pytest.raises(ValueError, match="L7H0|layer"): trace(model, batch, "L7H0")
-    with pytest.raises(ValueError, match="fires in 0 of 3 prompts"): trace(model, batch, "L1H0", threshold=1.0)
-    with pytest.raises(ValueError, match="verb"): trace(model, batch, "L1H0", q_role="verb")
-    with pytest.raises(ValueError, match="verb"): trace(model, batch, "L1H0", k_role="verb")
-    with pytest.raises(ValueError, match="roots"): trace(model, batch, [])
-    with pytest.raises(ValueError, match="share"): TraceOptions(share=2.0)
-    with pytest.raises(TypeError): trace(model, batch, "L1H0", treshold=0.4)
+    with pytest.raises(ValueError, match="L7H0|layer"):
+        trace(model, batch, "L7H0")
+    with pytest.raises(ValueError, match="fires in 0 of 3 prompts"):
+        trace(model, batch, "L1H0", threshold=1.0)
+    with pytest.raises(ValueError, match="verb"):
+        trace(model, batch, "L1H0", q_role="verb")
+    with pytest.raises(ValueError, match="verb"):
+        trace(model, batch, "L1H0", k_role="verb")
+    with pytest.raises(ValueError, match="roots"):
+        trace(model, batch, [])
+    with pytest.raises(ValueError, match="share"):
+        TraceOptions(share=2.0)
+    with pytest.raises(TypeError):
+        trace(model, batch, "L1H0", treshold=0.4)
 
 
 def test_an_empty_trace_is_an_empty_graph(tmp_path):
     p = planted("induction", 3)
-    edges = trace(p.model, p.batch, "L0H1")                                # a head of the lowest layer has nothing upstream
+    edges = trace(p.model, p.batch, "L0H1")  # a head of the lowest layer has nothing upstream
     graph = trace_graph(edges)
     assert len(edges) == 0 and len(graph) == 0 and len(skeleton(graph)) == 0
     assert len(read_graph(write_graph(graph, tmp_path / "empty.graphml"))) == 0
@@ -270,7 +343,8 @@ def test_an_empty_trace_is_an_empty_graph(tmp_path):
 
 
 def test_edges_survive_parquet(tmp_path):
-    from spectral_nb.core import read_table, write_table
+    from spectral_nb.base.files import read_table, write_table
+
     p = planted("inhibition", 4)
     edges = trace(p.model, p.batch, p.roots)
     again = read_table(write_table(edges, tmp_path / "edges.parquet"))
@@ -301,10 +375,13 @@ def test_authors_graph(reference):
 def gpt2_tokenizer(reference, folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     files = reference / "gpt2_tokenizer"
     bpe = Tokenizer(models.BPE.from_file(str(files / "vocab.json"), str(files / "merges.txt")))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>").save_pretrained(
+        folder
+    )
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -312,28 +389,38 @@ def test_the_papers_experiment_but_for_the_weights(reference, tmp_path):
     "GPT-2's tokenizer, its 12 layers of 12 heads, the paper's roots and prompts, in a narrow random model."
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from spectral_nb.models import from_hf
+    from spectral_nb.models.loading import from_hf
     from spectral_nb.svt import IOI_CIRCUIT, SvtConfig, analyse, beside_published, long_table
+
     torch.manual_seed(0)
     hf = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=12, n_head=12, n_positions=64))
     with torch.no_grad():
-        for block in hf.transformer.h: block.attn.c_attn.weight[:, :96] *= 14
+        for block in hf.transformer.h:
+            block.attn.c_attn.weight[:, :96] *= 14
     model = from_hf(hf, gpt2_tokenizer(reference, tmp_path), name="gpt2")
     cfg = SvtConfig("gpt2", n_prompts=24, threshold=0.02, min_count=1, skeleton_count=1, n_edges=3, n_intervened=4)
     batch = cfg.resolved().batch(model)
-    assert (batch.tokens[:, 0] != model.tokenizer.bos_token_id).all() and {"IO", "S1", "S2", "end"} <= set(batch.positions)
+    assert (batch.tokens[:, 0] != model.tokenizer.bos_token_id).all() and {"IO", "S1", "S2", "end"} <= set(
+        batch.positions
+    )
     result = analyse(cfg, model)
     assert set(result.roots) <= {(9, 6), (9, 9), (10, 0)} and len(result.edges)
-    assert (result.firings.loc[result.firings["root"], "k_pos"].to_numpy()
-            == batch.at("IO").numpy()[result.firings.loc[result.firings["root"], "prompt"]]).all()
+    assert (
+        result.firings.loc[result.firings["root"], "k_pos"].to_numpy()
+        == batch.at("IO").numpy()[result.firings.loc[result.firings["root"], "prompt"]]
+    ).all()
     table = beside_published(result).set_index("quantity")
-    assert table.loc["possible", ["ours", "published"]].tolist() == ["16", "16"] and sum(map(len, IOI_CIRCUIT.values())) == 16
+    assert (
+        table.loc["possible", ["ours", "published"]].tolist() == ["16", "16"]
+        and sum(map(len, IOI_CIRCUIT.values())) == 16
+    )
     assert {"edge_count", "ablate_local_traced_effect", "median_slices"} <= set(long_table(result)["metric"])
 
 
 def test_section_on_planted_weights():
     from spectral_nb.svt import SvtConfig, _untraced, claims, edge_effects, edge_interventions, long_table, traced_heads
-    from spectral_nb.models import model_info
+    from spectral_nb.models.loading import model_info
+
     p = planted("inhibition", 6)
     edges = trace(p.model, p.batch, p.roots)
     effects = edge_effects(edge_interventions(p.model, p.batch, edges))
@@ -347,11 +434,18 @@ def test_contract_names_and_config():
     import inspect
 
     from spectral_nb import svt
-    for name in ("trace", "trace_graph", "precision_recall", "edge_interventions"): assert name in svt.__all__
+
+    for name in ("trace", "trace_graph", "precision_recall", "edge_interventions"):
+        assert name in svt.__all__
     assert list(inspect.signature(svt.trace).parameters)[:3] == ["model", "batch", "roots"]
     assert list(inspect.signature(svt.trace_graph).parameters)[:2] == ["edges", "min_count"]
     assert list(inspect.signature(svt.edge_interventions).parameters)[:3] == ["model", "batch", "edges"]
-    assert svt.SvtConfig("gpt2").resolved().min_count == 65 and svt.SvtConfig("gpt2", task="retrieval").resolved().n_prompts == 96
+    assert (
+        svt.SvtConfig("gpt2").resolved().min_count == 65
+        and svt.SvtConfig("gpt2", task="retrieval").resolved().n_prompts == 96
+    )
     for bad in (dict(task="chess"), dict(share=2.0), dict(n_edges=0), dict(processing="raw"), dict(rule="best")):
-        with pytest.raises(ValueError): svt.SvtConfig(**bad)
-    with pytest.raises(TypeError): svt.SvtConfig(roots=["L1H0"])
+        with pytest.raises(ValueError):
+            svt.SvtConfig(**bad)
+    with pytest.raises(TypeError):
+        svt.SvtConfig(roots=["L1H0"])

@@ -1,22 +1,36 @@
 "The report of a sweep: made from tables alone, executed for real once, and the fork that starts runs quickly."
+
 import nbformat
 import pytest
 from sweep_toy import write_toy
 
-import spectral_nb.sweep_spec
-from spectral_nb.core import read_json, write_json
-from spectral_nb.sweep_report import example_sweep, panel_table, panels, plot_claims, plot_cost, plot_panel, plot_sweep, read_sweep, sweep_claims
-from spectral_nb.sweeps import load_results, main
+import spectral_nb.sweeps.spec
+from spectral_nb.base.files import read_json, write_json
+from spectral_nb.views.sweep_report import (
+    example_sweep,
+    panel_table,
+    panels,
+    plot_claims,
+    plot_cost,
+    plot_panel,
+    plot_sweep,
+    read_sweep,
+    sweep_claims,
+)
+from spectral_nb.sweeps.command import load_results, main
 
 
 @pytest.fixture
-def sweep(tmp_path): return read_sweep(example_sweep(tmp_path))
+def sweep(tmp_path):
+    return read_sweep(example_sweep(tmp_path))
 
 
 def test_figures(sweep):
     assert len(plot_cost(sweep).axes) == 2
     claims = plot_claims(sweep_claims(sweep)).axes[0]
-    assert [t.get_text() for t in claims.get_xticklabels()] == ["16", "32"] and plot_claims(sweep_claims(sweep).iloc[:0]) is None
+    assert [t.get_text() for t in claims.get_xticklabels()] == ["16", "32"] and plot_claims(
+        sweep_claims(sweep).iloc[:0]
+    ) is None
     figure = plot_sweep(sweep)
     assert [ax.get_title() for ax in figure.axes] == ["stream · rate", "stream · gain"]
     assert [line.get_label() for line in figure.axes[1].lines] == ["16", "32"]
@@ -30,32 +44,37 @@ def test_published_value_is_drawn(sweep):
 
 def test_intervals_and_ranges(sweep):
     rate = panel_table(panels(sweep)["stream · rate"], "width", None)
-    assert list(rate.low) == [1 + 16 / 120, 1 + 32 / 120]                   # the table's own interval
-    gain = panel_table(panels(sweep)["stream · gain"], "layer", None)       # over two widths: mean and range
+    assert list(rate.low) == [1 + 16 / 120, 1 + 32 / 120]  # the table's own interval
+    gain = panel_table(panels(sweep)["stream · gain"], "layer", None)  # over two widths: mean and range
     assert list(gain.loc[gain.layer == 3, ["low", "value", "high"]].iloc[0]) == [1.75, 2.125, 2.5]
 
 
 def test_x_and_metrics_can_be_chosen(sweep):
     figure = plot_sweep(sweep, metrics=["gain"], x="width")
     assert figure.axes[0].get_xlabel() == "width" and len(figure.axes) == 1
-    with pytest.raises(KeyError, match="gain"): plot_sweep(sweep, metrics=["gein"])
-    with pytest.raises(ValueError, match="x='depht' is not known"): plot_sweep(sweep, x="depht")
-    with pytest.raises(FileNotFoundError): read_sweep(sweep.folder / "none")
+    with pytest.raises(KeyError, match="gain"):
+        plot_sweep(sweep, metrics=["gein"])
+    with pytest.raises(ValueError, match="x='depht' is not known"):
+        plot_sweep(sweep, x="depht")
+    with pytest.raises(FileNotFoundError):
+        read_sweep(sweep.folder / "none")
 
 
 def test_report_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(spectral_nb.sweep_spec, "code_version", lambda *_: "fixed")
+    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "fixed")
     write_toy(tmp_path)
     file, out = tmp_path / "toy.yaml", tmp_path / "out"
     file.write_text("notebook: 90_toy\ngrid: {x: [1, 2]}\n")
-    assert main(["report", str(file), "--out", str(out)]) == 2              # nothing has finished
+    assert main(["report", str(file), "--out", str(out)]) == 2  # nothing has finished
     assert main(["run", str(file), "--out", str(out), "--workers", "2", "--quiet"]) == 0
     assert main(["report", str(file), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     assert "2 done" in page and "example_sweep" not in page and "made-up" not in page
-    assert page.count("data:image/png") >= 2 and "cdnjs" not in page.split("<body")[1]          # the cost and the metrics of this sweep
+    assert (
+        page.count("data:image/png") >= 2 and "cdnjs" not in page.split("<body")[1]
+    )  # the cost and the metrics of this sweep
     assert (out / "report" / "metrics.png").is_file() and nbformat.read(out / "report" / "notebook.ipynb", 4)
-    assert set(load_results(out).x) == {1, 2}                               # the report is not taken for a run
+    assert set(load_results(out).x) == {1, 2}  # the report is not taken for a run
     told = read_json(out / "sweep.json")
     write_json({**told, "published": [{"metric": "square", "value": 4, "label": "known"}]}, out / "sweep.json")
     assert main(["report", str(out)]) == 0 and "report.html" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 "Sweeps with real papermill runs: grids, failures, limits, results, bad input, the console command."
+
 import datetime
 import json
 import math
@@ -12,27 +13,40 @@ import pandas as pd
 import pytest
 from sweep_toy import PARAMETERS, noted, write_toy
 
-import spectral_nb.sweep_memory
-import spectral_nb.sweep_spec
-from spectral_nb.core import repo_root
-from spectral_nb.sweep_executors import available_cores, threads_per_worker
-from spectral_nb.sweep_memory import estimate_memory_gb, models_of
-from spectral_nb.sweep_process import lock_path, read_record
-from spectral_nb.sweep_executors import lock_file
-from spectral_nb.sweeps import clean_sweep, collect_sweep, load_results, load_spec, main, run_sweep, run_sweeps, sweep_plan, sweep_status
+import spectral_nb.sweeps.memory
+import spectral_nb.sweeps.spec
+from spectral_nb.base.paths import repo_root
+from spectral_nb.sweeps.executors import available_cores, threads_per_worker
+from spectral_nb.sweeps.memory import estimate_memory_gb, models_of
+from spectral_nb.sweeps.process import lock_path, read_record
+from spectral_nb.sweeps.executors import lock_file
+from spectral_nb.sweeps.command import (
+    clean_sweep,
+    collect_sweep,
+    load_results,
+    load_spec,
+    main,
+    run_sweep,
+    run_sweeps,
+    sweep_plan,
+    sweep_status,
+)
 
 
 @pytest.fixture(autouse=True)
 def same_code(monkeypatch):
     "The working copy may change while the tests run; a run's identity must not."
-    monkeypatch.setattr(spectral_nb.sweep_spec, "code_version", lambda *_: "fixed")
+    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "fixed")
 
 
 @pytest.fixture
 def toy(tmp_path):
     "A function that makes the mapping of a sweep of the toy notebook."
     write_toy(tmp_path)
-    def sweep(**keys): return {"notebook": str(tmp_path / "90_toy.ipynb"), "out": str(tmp_path / "out"), **keys}
+
+    def sweep(**keys):
+        return {"notebook": str(tmp_path / "90_toy.ipynb"), "out": str(tmp_path / "out"), **keys}
+
     return sweep
 
 
@@ -44,15 +58,18 @@ def test_grid_of_eight_over_two_workers(toy, tmp_path, capfd):
     results = load_results(tmp_path / "out")
     assert list(results.query("metric == 'square'").value) == [x * x for x in range(8)]
     assert set(results.query("metric == 'threads'").value) == {threads_per_worker(2)}
-    assert {"run_id", "section", "weights_hash", "code_version", "seconds", "peak_memory_mb", "torch_version"} <= set(results.columns)
+    assert {"run_id", "section", "weights_hash", "code_version", "seconds", "peak_memory_mb", "torch_version"} <= set(
+        results.columns
+    )
     assert (results.peak_memory_mb > 20).all() and (results.section == "toy").all()
     moments = sorted((when, 1 if word == "start" else -1) for word, _, _, when in noted(log))
-    assert np.cumsum([step for _, step in moments]).max() == 2              # two at a time, never three
+    assert np.cumsum([step for _, step in moments]).max() == 2  # two at a time, never three
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 8 and said[-1].startswith("[8/8] done") and "8 done, 0 running, 0 failed" in said[-1]
-    assert run_sweep(sweep, workers=2, progress="none").reused == 8         # and nothing runs again
+    assert run_sweep(sweep, workers=2, progress="none").reused == 8  # and nothing runs again
     assert len(noted(log)) == 16
-    for folder in outcome.runs.folder: assert nbformat.read(f"{folder}/notebook.ipynb", 4).metadata.papermill.exception is None
+    for folder in outcome.runs.folder:
+        assert nbformat.read(f"{folder}/notebook.ipynb", 4).metadata.papermill.exception is None
 
 
 def test_workers_may_read_a_notebook_at_the_same_time():
@@ -60,13 +77,18 @@ def test_workers_may_read_a_notebook_at_the_same_time():
     code = """
 import gc, sys
 from concurrent.futures import ThreadPoolExecutor
-from spectral_nb.sweep_forks import imported_names
+from spectral_nb.sweeps.forks import imported_names
 sys.setswitchinterval(1e-6)
 gc.callbacks.append(lambda *_: sum(range(50)))
 gc.set_threshold(50, 2, 2)
 with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(lambda _: imported_names.__wrapped__(sys.argv[1]), range(40)))))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(repo_root() / "nbs" / "12_svt.ipynb")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(repo_root() / "nbs" / "12_svt.ipynb")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.stdout == "1\n", done.stderr[-1000:]
 
 
@@ -82,17 +104,28 @@ def test_failures_limits_and_retry(toy, tmp_path):
     "One raises, one never ends, one exhausts its memory, one writes nothing, one is shot; the good one is done all the same."
     log = tmp_path / "log"
     modes = ["ok", "raise", "forever", "memory", "no table", "shot", "shot once", "raise unless mended"]
-    sweep = toy(points=[{"x": i, "mode": mode} for i, mode in enumerate(modes)], parameters={"log": str(log)},
-                resources={"timeout_s": 20, "memory_gb": 0.4})
+    sweep = toy(
+        points=[{"x": i, "mode": mode} for i, mode in enumerate(modes)],
+        parameters={"log": str(log)},
+        resources={"timeout_s": 20, "memory_gb": 0.4},
+    )
     outcome = run_sweep(sweep, workers=2, progress="none")
     runs = outcome.runs.set_index("mode")
-    assert runs.status.to_dict() == {"ok": "done", "raise": "failed", "forever": "timeout", "memory": "memory", "no table": "failed",
-                                     "shot": "killed", "shot once": "done", "raise unless mended": "failed"}
+    assert runs.status.to_dict() == {
+        "ok": "done",
+        "raise": "failed",
+        "forever": "timeout",
+        "memory": "memory",
+        "no table": "failed",
+        "shot": "killed",
+        "shot once": "done",
+        "raise unless mended": "failed",
+    }
     assert runs.error["raise"] == "RuntimeError: x=1 is not liked" and "limit of 20 s" in runs.error["forever"]
     assert "its limit is 0.4 GB" in runs.error["memory"] and "no table.parquet" in runs.error["no table"]
     record = read_record(tmp_path / "out", runs.run_id["raise"])
     assert record["parameters"]["mode"] == "raise" and "x=1 is not liked" in record["traceback"][-1]
-    for mode in ("raise", "forever", "memory"):                             # the notebook up to the failing cell
+    for mode in ("raise", "forever", "memory"):  # the notebook up to the failing cell
         cells = [c for c in nbformat.read(f"{runs.folder[mode]}/notebook.ipynb", 4).cells if c.cell_type == "code"]
         assert any(c.execution_count for c in cells) and cells[-1].execution_count is None
     assert "raise unless mended" not in set(load_results(tmp_path / "out")["mode"])
@@ -101,10 +134,10 @@ def test_failures_limits_and_retry(toy, tmp_path):
     (tmp_path / "log.mended").touch()
     before = noted(log)
     points = [p for p in sweep["points"] if p["mode"] in ("ok", "raise", "raise unless mended")]
-    assert not run_sweep({**sweep, "points": points}, progress="none").ok and noted(log) == before      # failed runs rest
+    assert not run_sweep({**sweep, "points": points}, progress="none").ok and noted(log) == before  # failed runs rest
     again = run_sweep({**sweep, "points": points}, retry_failed=True, progress="none").runs.set_index("mode")
     assert again.status.to_dict() == {"ok": "done", "raise": "failed", "raise unless mended": "done"}
-    assert {x for _, x, _, _ in noted(log)[len(before):]} == {1, 7}         # the failed ones alone
+    assert {x for _, x, _, _ in noted(log)[len(before) :]} == {1, 7}  # the failed ones alone
 
 
 def test_executors(toy, tmp_path):
@@ -112,7 +145,7 @@ def test_executors(toy, tmp_path):
     assert run_sweep({**sweep, "out": str(tmp_path / "a")}, executor="serial", progress="none").ok
     with ThreadPoolExecutor(2) as executor:
         assert run_sweep({**sweep, "out": str(tmp_path / "b")}, executor=executor, progress="none").ok
-        assert executor.submit(int, 3).result() == 3                        # a given executor is not shut down
+        assert executor.submit(int, 3).result() == 3  # a given executor is not shut down
 
 
 def test_serial_limits(toy):
@@ -131,7 +164,9 @@ def test_runs_take_turns_on_the_gpu(toy, tmp_path, monkeypatch):
 def test_several_sweeps_share_a_pool(toy, tmp_path):
     sweeps = [toy(name=name, grid={"x": [i]}) for i, name in enumerate("ab")]
     outcomes = run_sweeps(sweeps, workers=2, out=tmp_path / "all", progress="none")
-    assert [o.folder for o in outcomes] == [tmp_path / "all" / "a", tmp_path / "all" / "b"] and all(o.ok for o in outcomes)
+    assert [o.folder for o in outcomes] == [tmp_path / "all" / "a", tmp_path / "all" / "b"] and all(
+        o.ok for o in outcomes
+    )
 
 
 def test_results_grow_with_the_sweep(toy, tmp_path):
@@ -139,7 +174,7 @@ def test_results_grow_with_the_sweep(toy, tmp_path):
     outcome = run_sweep(toy(grid={"x": [1, 2]}, seeds=None), progress="none")
     assert outcome.reused == 1 and sorted(set(load_results(tmp_path / "out").x)) == [1, 2]
     (tmp_path / "out" / "results.parquet").unlink()
-    assert sorted(set(load_results(tmp_path / "out").x)) == [1, 2]          # joined afresh
+    assert sorted(set(load_results(tmp_path / "out").x)) == [1, 2]  # joined afresh
     assert collect_sweep(toy(grid={"x": [2]})).reused == 1
     assert set(load_results(tmp_path / "out").x) == {2}
 
@@ -150,7 +185,8 @@ def test_half_written_is_not_read(toy, tmp_path):
     (one / "run.json").write_text((one / "run.json").read_text()[:40])
     (two / "table.parquet").unlink()
     assert list(sweep_status(toy(grid={"x": [1, 2]})).status) == ["pending", "pending"]
-    with pytest.raises(FileNotFoundError): collect_sweep(toy(grid={"x": [1, 2]})).results()
+    with pytest.raises(FileNotFoundError):
+        collect_sweep(toy(grid={"x": [1, 2]})).results()
     assert run_sweep(toy(grid={"x": [1, 2]}), workers=2, progress="none").ok
 
 
@@ -159,9 +195,11 @@ def test_plan_status_clean(toy, tmp_path, capsys):
     assert list(sweep_plan(sweep).status) == ["pending", "pending"]
     run_sweep(sweep, workers=2, progress="none")
     table = sweep_plan(sweep)
-    assert list(table.status) == ["done", "failed"] and table.peak_gb[0] > 0 and list(table.columns[:2]) == ["x", "mode"]
+    assert (
+        list(table.status) == ["done", "failed"] and table.peak_gb[0] > 0 and list(table.columns[:2]) == ["x", "mode"]
+    )
     lock = lock_file(lock_path(tmp_path / "out", table.run_id[1]))
-    assert sweep_status(sweep).status[1] == "failed" and clean_sweep(sweep) == []       # somebody works on it
+    assert sweep_status(sweep).status[1] == "failed" and clean_sweep(sweep) == []  # somebody works on it
     assert lock is not None
     __import__("os").close(lock)
     assert [p.name for p in clean_sweep(sweep)] == [table.run_id[1]]
@@ -182,7 +220,8 @@ def test_console(toy, tmp_path, capsys):
     assert main(["run", str(file), *out, "--quiet"]) == 1
     assert "failed: RuntimeError: x=3 is not liked" in capsys.readouterr().out
     assert main([str(tmp_path / "none.yaml")]) == 2 and "does not exist" in capsys.readouterr().err
-    with pytest.raises(SystemExit): main(["--help"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
 
 
 BAD = {
@@ -222,51 +261,67 @@ def test_bad_input_is_refused_before_anything_runs(case, toy, tmp_path):
 def test_bad_files(tmp_path):
     write_toy(tmp_path)
     file = tmp_path / "toy.yaml"
-    for text, message in {"notebook: 90_toy\ngrid: {x: [1], x: [2]}": "given more than once", "- a": "must hold a mapping",
-                          "notebook: [": "toy.yaml", "grid: {x: [1]}": "key notebook is missing",
-                          "notebook: 90_toy\nparameters: {wait: '1e-3'}": "write 0.001"}.items():
+    for text, message in {
+        "notebook: 90_toy\ngrid: {x: [1], x: [2]}": "given more than once",
+        "- a": "must hold a mapping",
+        "notebook: [": "toy.yaml",
+        "grid: {x: [1]}": "key notebook is missing",
+        "notebook: 90_toy\nparameters: {wait: '1e-3'}": "write 0.001",
+    }.items():
         file.write_text(text)
-        with pytest.raises(ValueError, match=".*") as caught: load_spec(file)
+        with pytest.raises(ValueError, match=".*") as caught:
+            load_spec(file)
         assert message in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="none.yaml"): load_spec(tmp_path / "none.yaml")
+    with pytest.raises(FileNotFoundError, match="none.yaml"):
+        load_spec(tmp_path / "none.yaml")
 
 
 def test_bad_notebooks(tmp_path):
     write_toy(tmp_path, "x = 1\n")
-    with pytest.raises(ValueError, match="has no parameter out_dir"): load_spec({"notebook": str(tmp_path / "90_toy.ipynb")})
+    with pytest.raises(ValueError, match="has no parameter out_dir"):
+        load_spec({"notebook": str(tmp_path / "90_toy.ipynb")})
     write_toy(tmp_path, "x = len('a')\n")
-    with pytest.raises(ValueError, match="the default of 'x' is not a literal"): load_spec({"notebook": str(tmp_path / "90_toy.ipynb")})
+    with pytest.raises(ValueError, match="the default of 'x' is not a literal"):
+        load_spec({"notebook": str(tmp_path / "90_toy.ipynb")})
     (tmp_path / "90_toy.ipynb").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"): load_spec({"notebook": str(tmp_path / "90_toy.ipynb")})
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_spec({"notebook": str(tmp_path / "90_toy.ipynb")})
 
 
 def test_unwritable_folder_is_refused(toy, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file/out' cannot be written"): run_sweep(toy(out=str(tmp_path / "file" / "out")))
+    with pytest.raises(OSError, match="file/out' cannot be written"):
+        run_sweep(toy(out=str(tmp_path / "file" / "out")))
     assert main([str(tmp_path / "none.yaml"), "--out", "/proc/none"]) == 2
 
 
 def test_all_problems_come_at_once(toy):
-    with pytest.raises(ValueError) as caught: load_spec(toy(grid={"a": [1], "x": [1.5]}, parameters={"wait": "b"}))
+    with pytest.raises(ValueError) as caught:
+        load_spec(toy(grid={"a": [1], "x": [1.5]}, parameters={"wait": "b"}))
     assert all(p in str(caught.value) for p in ("parameter='a'", "x=1.5", "wait='b'"))
 
 
 def test_model_names_are_checked_before_anything_runs(tmp_path):
     write_toy(tmp_path, PARAMETERS + 'model_name: str = "story-gpt2-s42"\nrevision: str = ""\n')
-    sweep = {"notebook": str(tmp_path / "90_toy.ipynb"), "out": str(tmp_path / "out"), "grid": {"model_name": ["story-gpt2-s41"]}}
-    with pytest.raises((ValueError, FileNotFoundError), match="story-gpt2-s41"): run_sweep(sweep)
+    sweep = {
+        "notebook": str(tmp_path / "90_toy.ipynb"),
+        "out": str(tmp_path / "out"),
+        "grid": {"model_name": ["story-gpt2-s41"]},
+    }
+    with pytest.raises((ValueError, FileNotFoundError), match="story-gpt2-s41"):
+        run_sweep(sweep)
     assert not list(tmp_path.glob("out/*/*"))
 
 
 def test_identity_of_a_run(toy, tmp_path, monkeypatch):
     ids = lambda **keys: [r for r in sweep_plan(toy(**keys)).run_id]
-    assert ids(grid={"x": [1]}) == ids(points=[{"x": 1, "wait": 0.0}])      # a default given is the default
+    assert ids(grid={"x": [1]}) == ids(points=[{"x": 1, "wait": 0.0}])  # a default given is the default
     assert ids(grid={"x": [1]}) != ids(grid={"x": [2]})
-    assert len(ids(grid={"x": [1, 2]}, points=[{"x": 2}])) == 2             # the same run twice is one run
+    assert len(ids(grid={"x": [1, 2]}, points=[{"x": 2}])) == 2  # the same run twice is one run
     before = ids(grid={"x": [1]})
-    monkeypatch.setattr(spectral_nb.sweep_spec, "code_version", lambda *_: "other")
+    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "other")
     assert ids(grid={"x": [1]}) != before
-    monkeypatch.setattr(spectral_nb.sweep_spec, "code_version", lambda *_: "fixed")
+    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "fixed")
     notebook = nbformat.read(tmp_path / "90_toy.ipynb", 4)
     notebook.cells.append(nbformat.v4.new_code_cell("1"))
     nbformat.write(notebook, tmp_path / "90_toy.ipynb")
@@ -274,27 +329,50 @@ def test_identity_of_a_run(toy, tmp_path, monkeypatch):
 
 
 def test_memory_estimate_follows_the_configuration(tmp_path):
-    config = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257, "architectures": ["GPT2LMHeadModel"]}
+    config = {
+        "model_type": "gpt2",
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+        "architectures": ["GPT2LMHeadModel"],
+    }
     for name, width in (("small", 768), ("wide", 1536)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({**config, "n_embd": width}))
     small, wide = (estimate_memory_gb({"model_name": str(tmp_path / n), "n_prompts": 8}) for n in ("small", "wide"))
     assert 2.5 < small < 4 and wide > 2 * small - 1
-    assert estimate_memory_gb({"model_names": [str(tmp_path / "small"), str(tmp_path / "wide")], "n_prompts": 8}) == wide
+    assert (
+        estimate_memory_gb({"model_names": [str(tmp_path / "small"), str(tmp_path / "wide")], "n_prompts": 8}) == wide
+    )
 
 
 def test_models_that_a_run_reads(tmp_path, monkeypatch):
     (tmp_path / "shared" / "a model").mkdir(parents=True)
     (tmp_path / "reference" / "real").mkdir(parents=True)
-    monkeypatch.setattr(spectral_nb.sweep_memory, "repo_root", lambda: tmp_path)
-    monkeypatch.setattr(spectral_nb.sweep_memory, "reference_dir", lambda: tmp_path / "reference")
-    given = {"model_name": "shared/a model", "models": "one, two one", "retrieval_model": "real", "n_models": 3, "model_dtype": "x"}
-    assert models_of(given) == [str(tmp_path / "shared" / "a model"), "one", "two", str(tmp_path / "reference" / "real")]
+    monkeypatch.setattr(spectral_nb.sweeps.memory, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(spectral_nb.sweeps.memory, "reference_dir", lambda: tmp_path / "reference")
+    given = {
+        "model_name": "shared/a model",
+        "models": "one, two one",
+        "retrieval_model": "real",
+        "n_models": 3,
+        "model_dtype": "x",
+    }
+    assert models_of(given) == [
+        str(tmp_path / "shared" / "a model"),
+        "one",
+        "two",
+        str(tmp_path / "reference" / "real"),
+    ]
 
 
 def test_threads_do_not_oversubscribe():
-    for workers in (1, 2, 3, 8): assert workers * threads_per_worker(workers) <= max(workers, available_cores())
+    for workers in (1, 2, 3, 8):
+        assert workers * threads_per_worker(workers) <= max(workers, available_cores())
 
 
 @pytest.mark.parametrize("file", sorted((repo_root() / "nbs" / "sweeps").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_sweeps_are_valid(file): assert load_spec(file).name == file.stem
+def test_shipped_sweeps_are_valid(file):
+    assert load_spec(file).name == file.stem

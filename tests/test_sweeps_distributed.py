@@ -1,4 +1,5 @@
 "The same sweep on a `distributed` cluster: a scheduler and two workers as processes of their own, on loopback."
+
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import psutil
 import pytest
 from sweep_toy import finish, noted, start_sweep, wait_for, write_toy
 
-from spectral_nb.sweep_tables import finished_records, load_results
+from spectral_nb.sweeps.tables import finished_records, load_results
 
 
 @pytest.fixture
@@ -18,11 +19,29 @@ def cluster(tmp_path):
     file, quiet = tmp_path / "scheduler.json", dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     dask = [sys.executable, "-m", "dask"]
     common = ["--no-dashboard"]
-    processes = [subprocess.Popen([*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), *common], **quiet)]
+    processes = [
+        subprocess.Popen(
+            [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), *common], **quiet
+        )
+    ]
     try:
         wait_for(lambda: file.is_file() and file.read_text().strip().endswith("}"))
-        worker = [*dask, "worker", "--scheduler-file", str(file), "--nthreads", "1", "--no-nanny", "--host", "127.0.0.1",
-                  "--local-directory", str(tmp_path / "space"), "--death-timeout", "60", *common]
+        worker = [
+            *dask,
+            "worker",
+            "--scheduler-file",
+            str(file),
+            "--nthreads",
+            "1",
+            "--no-nanny",
+            "--host",
+            "127.0.0.1",
+            "--local-directory",
+            str(tmp_path / "space"),
+            "--death-timeout",
+            "60",
+            *common,
+        ]
         processes += [subprocess.Popen(worker, **quiet) for _ in range(2)]
         yield json.loads(file.read_text())["address"], processes[1:]
     finally:
@@ -33,7 +52,9 @@ def cluster(tmp_path):
 
 def toy_file(folder, n: int, wait: float):
     write_toy(folder)
-    (folder / "toy.yaml").write_text(f"notebook: 90_toy\ngrid: {{x: {list(range(n))}}}\nparameters: {{wait: {wait}, log: {folder / 'log'}}}\n")
+    (folder / "toy.yaml").write_text(
+        f"notebook: 90_toy\ngrid: {{x: {list(range(n))}}}\nparameters: {{wait: {wait}, log: {folder / 'log'}}}\n"
+    )
     return folder / "toy.yaml", folder / "out", folder / "log"
 
 
@@ -47,10 +68,11 @@ def test_a_killed_worker_loses_nothing(cluster, tmp_path):
     workers[0].send_signal(signal.SIGKILL)
     code, said = finish(sweep)
     assert code == 0 and "6 runs: 6 done" in said, said
-    for name, record in before.items(): assert (out / name / "run.json").read_bytes() == record
+    for name, record in before.items():
+        assert (out / name / "run.json").read_bytes() == record
     assert sorted(load_results(out).query("metric == 'square'").value) == [x * x for x in range(6)]
     wait_for(lambda: not any(psutil.pid_exists(p) for p in kernels), timeout=10)
-    assert workers[1].poll() is None                            # the other worker, and the cluster, live on
+    assert workers[1].poll() is None  # the other worker, and the cluster, live on
 
 
 def test_local_cluster(tmp_path):

@@ -1,4 +1,5 @@
 "Sweeps that are killed, that meet each other, or that lose their folder."
+
 import os
 import random
 import signal
@@ -7,7 +8,7 @@ import time
 import psutil
 from sweep_toy import finish, noted, start_sweep, wait_for, write_toy
 
-from spectral_nb.sweep_tables import finished_records, load_results
+from spectral_nb.sweeps.tables import finished_records, load_results
 
 
 def sweep_file(folder, n: int, wait: float, **keys):
@@ -21,7 +22,11 @@ def sweep_file(folder, n: int, wait: float, **keys):
 
 def records(out) -> dict:
     "The records of the finished runs, as they are on the disk."
-    return {r["run_id"]: (out / r["run_id"] / "run.json").read_bytes() for r in finished_records(out)} if out.is_dir() else {}
+    return (
+        {r["run_id"]: (out / r["run_id"] / "run.json").read_bytes() for r in finished_records(out)}
+        if out.is_dir()
+        else {}
+    )
 
 
 def never_at_once(log) -> bool:
@@ -29,9 +34,11 @@ def never_at_once(log) -> bool:
     started: dict[int, int] = {}
     for word, x, pid, _ in noted(log):
         if word == "start":
-            if x in started and psutil.pid_exists(started[x]): return False
+            if x in started and psutil.pid_exists(started[x]):
+                return False
             started[x] = pid
-        elif started.get(x) != pid: return False                # somebody else has started it in the meantime
+        elif started.get(x) != pid:
+            return False  # somebody else has started it in the meantime
     return True
 
 
@@ -42,7 +49,8 @@ def test_ten_kills_lose_nothing_and_repeat_nothing(tmp_path):
     for _ in range(10):
         before = len(noted(log))
         sweep = start_sweep(file, "--workers", 2, "--out", out)
-        if draw.random() < 0.8: wait_for(lambda: sweep.poll() is not None or len(noted(log)) > before)      # else: while it starts
+        if draw.random() < 0.8:
+            wait_for(lambda: sweep.poll() is not None or len(noted(log)) > before)  # else: while it starts
         time.sleep(draw.uniform(0.0, 1.5))
         os.killpg(sweep.pid, signal.SIGKILL)
         sweep.communicate()
@@ -55,7 +63,9 @@ def test_ten_kills_lose_nothing_and_repeat_nothing(tmp_path):
     assert done.items() <= after.items() and len(after) == 24
     assert never_at_once(log)
     ends = [x for word, x, *_ in noted(log) if word == "end"]
-    assert sorted(set(ends)) == list(range(24)) and sorted(load_results(out).query("metric == 'square'").x) == list(range(24))
+    assert sorted(set(ends)) == list(range(24)) and sorted(load_results(out).query("metric == 'square'").x) == list(
+        range(24)
+    )
     assert not [p for p in out.rglob(".*.parquet")], "a half-written file is left"
 
 
@@ -83,8 +93,9 @@ def test_interrupted_sweep_stops_its_runs(tmp_path):
 def test_two_sweeps_at_once_share_the_work(tmp_path):
     file, out, log = sweep_file(tmp_path, 6, 0.7)
     both = [start_sweep(file, "--workers", 2, "--out", out) for _ in range(2)]
-    for code, said in [finish(s) for s in both]: assert code == 0 and "6 runs: 6 done" in said, said
-    assert sorted(x for word, x, *_ in noted(log) if word == "end") == list(range(6))       # each once
+    for code, said in [finish(s) for s in both]:
+        assert code == 0 and "6 runs: 6 done" in said, said
+    assert sorted(x for word, x, *_ in noted(log) if word == "end") == list(range(6))  # each once
     assert never_at_once(log) and len(load_results(out)) == 12
 
 

@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from spectral_nb.core import reference_dir
-from spectral_nb.grammar import BODIES, IOI_WORDINGS, NAMES, NOUNS, VERBS, lexicon, sample_training, story_tokenizer
-from spectral_nb.tasks import TASKS, PromptBatch, induction, ioi, make_batch, retrieval, sva, text
+from spectral_nb.base.paths import reference_dir
+from spectral_nb.prompts.grammar import (
+    BODIES,
+    IOI_WORDINGS,
+    NAMES,
+    NOUNS,
+    VERBS,
+    lexicon,
+    sample_training,
+    story_tokenizer,
+)
+from spectral_nb.prompts.tasks import TASKS, PromptBatch, induction, ioi, make_batch, retrieval, sva, text
 
 STORY = story_tokenizer()
 LEX = lexicon()
@@ -310,7 +319,10 @@ def test_subset_batches_and_split_keep_rows_together():
     widths = []
     for places, part in batch.by_length(4):
         assert part.text == [batch.text[i] for i in places.tolist()] and (part.lengths == batch.lengths[places]).all()
-        assert part.tokens.equal(batch.tokens[places][:, :part.tokens.shape[1]]) and part.tokens.shape[1] == part.lengths.max()
+        assert (
+            part.tokens.equal(batch.tokens[places][:, : part.tokens.shape[1]])
+            and part.tokens.shape[1] == part.lengths.max()
+        )
         widths += [part.lengths.min().item(), part.lengths.max().item()]
     assert widths == sorted(widths)
     a, b = batch.split(6)

@@ -1,4 +1,5 @@
 "The site: every notebook and module is on it, no link is broken, it searches from disk, and it fits desktop and phone."
+
 import re
 
 import nbformat
@@ -8,16 +9,31 @@ from conftest import horizontal_overflow
 from test_circuit_page import wait_for
 from test_house import NOTEBOOKS, ORDER
 
-from spectral_nb.website import broken_links, build_site, math_to_mathml, notebook_page
+from spectral_nb.dev.website import broken_links, build_site, math_to_mathml, notebook_page
 
-PAGES = ["index.html", "03_circuits.html", "10_norm_growth.html", "11_sparse_attention.html", "12_svt.html", "13_pr_fingerprint.html",
-         "14_cross_architecture.html", "16_circuit_page.html", "17_attention_views.html", "api/circuits.html", "api/tasks.html"]
+PAGES = [
+    "index.html",
+    "03_circuits.html",
+    "10_norm_growth.html",
+    "11_sparse_attention.html",
+    "12_svt.html",
+    "13_pr_fingerprint.html",
+    "14_cross_architecture.html",
+    "16_circuit_page.html",
+    "17_attention_views.html",
+    "api/circuits.html",
+    "api/tasks.html",
+]
 
 
 @pytest.fixture(scope="module")
 def drawn():
     "Notebooks with a figure, as they were when the site was built."
-    return [p for p in NOTEBOOKS if any(o.get("data", {}).get("image/png") for c in nbformat.read(p, 4).cells for o in c.get("outputs", []))]
+    return [
+        p
+        for p in NOTEBOOKS
+        if any(o.get("data", {}).get("image/png") for c in nbformat.read(p, 4).cells for o in c.get("outputs", []))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +47,11 @@ def pages(site):
 
 
 def test_every_notebook_and_module_has_a_page(pages):
-    wanted = {f"{p.stem}.html" for p in NOTEBOOKS} - {"index.html"} | {f"api/{m}.html" for m in ORDER if m != "__init__"} | {"index.html"}
+    wanted = (
+        {f"{p.stem}.html" for p in NOTEBOOKS} - {"index.html"}
+        | {f"api/{m}.html" for m in ORDER if m != "__init__"}
+        | {"index.html"}
+    )
     assert wanted <= set(pages)
 
 
@@ -41,29 +61,40 @@ def test_no_link_is_broken(site):
 
 def test_nothing_is_fetched_from_elsewhere(pages):
     for name, page in pages.items():
-        addresses = [e.get("src") or e.get("href") for e in page.find_all(["script", "img", "iframe"]) + page.find_all("link", rel="stylesheet")]
+        addresses = [
+            e.get("src") or e.get("href")
+            for e in page.find_all(["script", "img", "iframe"]) + page.find_all("link", rel="stylesheet")
+        ]
         assert not [a for a in addresses if a and re.match(r"(https?:)?//", a)], name
 
 
 def test_pages_read_well(pages):
     for name, page in pages.items():
         article = page.find("article")
-        if article is None: continue
-        article = BeautifulSoup(str(article), "html.parser")                   # a copy: elements are removed below
+        if article is None:
+            continue
+        article = BeautifulSoup(str(article), "html.parser")  # a copy: elements are removed below
         assert article.find("h1") and article.find("h1").get_text(strip=True) not in ("", "Untitled"), name
         for code in article.find_all("pre"):
-            if name.startswith("api/"): assert not re.search(r" at 0x[0-9a-f]{6,}", code.get_text()), name
+            if name.startswith("api/"):
+                assert not re.search(r" at 0x[0-9a-f]{6,}", code.get_text()), name
             assert not re.search(r"^#\s*\|", code.get_text(), re.M), f"{name} shows a directive"
         assert not [i for i in article.find_all("img") if i["src"].startswith("data:")], f"{name} embeds a figure"
-        lone = [m for m in article.find_all("math") if m["display"] == "inline" and not m.find_parent(["p", "li", "td", "th", "h1", "h2", "h3"])]
+        lone = [
+            m
+            for m in article.find_all("math")
+            if m["display"] == "inline" and not m.find_parent(["p", "li", "td", "th", "h1", "h2", "h3"])
+        ]
         assert not lone, f"{name}: {len(lone)} formulas break their sentence"
-        for e in article.find_all(["pre", "code", "math"]): e.decompose()
+        for e in article.find_all(["pre", "code", "math"]):
+            e.decompose()
         assert not re.search(r"\$[^$\n]*\\[a-z]+[^$\n]*\$", article.get_text()), f"{name} shows raw LaTeX"
 
 
 def test_figures_are_files_with_sizes(pages, site, drawn):
     images = [(name, i["src"]) for name, page in pages.items() for i in (page.find("article") or page).find_all("img")]
-    for name, src in images: assert ((site / name).parent / src).stat().st_size > 500
+    for name, src in images:
+        assert ((site / name).parent / src).stat().st_size > 500
     assert {f"{p.stem}.html" for p in drawn} - {"index.html"} <= {name for name, _ in images}
 
 
@@ -72,7 +103,9 @@ def test_search_works_from_disk(site, open_page):
     box = b.find_element("css selector", ".md-search__input")
     box.click()
     box.send_keys("participation ratio")
-    links = wait_for(lambda: [a.get_attribute("href") for a in b.find_elements("css selector", ".md-search-result__link")], 20)
+    links = wait_for(
+        lambda: [a.get_attribute("href") for a in b.find_elements("css selector", ".md-search-result__link")], 20
+    )
     assert any("participation" in a or "spectra" in a for a in links[:6])
     assert b.get_log("browser") == []
 
@@ -81,10 +114,13 @@ def test_search_works_from_disk(site, open_page):
 def test_pages_fit_the_window(site, open_page, width):
     wrong = {}
     for page in PAGES:
-        if not (site / page).is_file(): continue
+        if not (site / page).is_file():
+            continue
         b = open_page(site / page, width, 850)
-        if found := [f for f in horizontal_overflow(b)]: wrong[page] = found[:3]
-        if errors := b.get_log("browser"): wrong[page] = errors
+        if found := [f for f in horizontal_overflow(b)]:
+            wrong[page] = found[:3]
+        if errors := b.get_log("browser"):
+            wrong[page] = errors
     assert not wrong
 
 
@@ -96,9 +132,16 @@ def test_code_is_not_taken_for_a_formula():
 
 
 def test_a_notebook_without_outputs_or_title_still_builds(tmp_path):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("text, [other](../nbs/00_core.ipynb)"), nbformat.v4.new_code_cell("#| export\nx = 1"),
-                                         nbformat.v4.new_code_cell("#| hide\nsecret = 2"),
-                                         nbformat.v4.new_code_cell("#| echo: false\nonly_shown = 3", outputs=[nbformat.v4.new_output("stream", text="shown")])])
+    nb = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_markdown_cell("text, [other](../nbs/base.ipynb)"),
+            nbformat.v4.new_code_cell("#| export\nx = 1"),
+            nbformat.v4.new_code_cell("#| hide\nsecret = 2"),
+            nbformat.v4.new_code_cell(
+                "#| echo: false\nonly_shown = 3", outputs=[nbformat.v4.new_output("stream", text="shown")]
+            ),
+        ]
+    )
     nbformat.write(nb, tmp_path / "01_x.ipynb")
     assert notebook_page(tmp_path / "01_x.ipynb", tmp_path) == "Untitled"
     text = (tmp_path / "01_x.md").read_text()
@@ -107,6 +150,8 @@ def test_a_notebook_without_outputs_or_title_still_builds(tmp_path):
 
 
 def test_broken_links_are_found(tmp_path):
-    (tmp_path / "a.html").write_text('<a href="b.html#x">b</a><a href="b.html#y">b</a><img src="c.png"><a href="https://example.org">out</a>')
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#x">b</a><a href="b.html#y">b</a><img src="c.png"><a href="https://example.org">out</a>'
+    )
     (tmp_path / "b.html").write_text('<p id="x"></p>')
     assert broken_links(tmp_path) == ["a.html: b.html#y", "a.html: c.png"]
