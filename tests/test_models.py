@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from conftest import ARCHITECTURES, D_VOCAB, random_tokens, tiny_hf, zoo_names
 
-from spectral_nb.models.loading import loading as models
+from spectral_nb.models import loading as models
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.loading import (
     apply_rotation,

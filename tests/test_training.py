@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectral_nb.training.loop import corpus
-from spectral_nb.prompts.batches import grammar
-from spectral_nb.training.loop import loop as training
-from spectral_nb.training.loop import zoo
+from spectral_nb.training import corpus
+from spectral_nb.prompts import grammar
+from spectral_nb.training import loop as training
+from spectral_nb.training import zoo
 from spectral_nb.models.checkpoints import file_sha256
 from spectral_nb.base.files import read_json, read_table
 from spectral_nb.training.loop import ARCHITECTURES, PRESETS, TrainConfig, build_model, evaluate_tasks, preset, train

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SEQUENTIAL', 'DIVERGING', 'set_style', 'figure', 'plot_lines', 'head_matrix', 'plot_heads', 'plot_bars',
-           'plot_intervals', 'plot_hist', 'plot_draws', 'plot_scatter', 'plot_small_multiples']
+           'plot_intervals', 'plot_hist', 'plot_draws', 'plot_scatter', 'plot_small_multiples', 'Figures']
 
 # %% ../../nbs/base/plots.ipynb #07-002
 from collections.abc import Iterable, Mapping, Sequence
@@ -318,3 +318,17 @@ def plot_small_multiples(
     for ax in list(axes.flat)[len(values) :]:
         ax.set_visible(False)
     return fig, np.array(list(axes.flat)[: len(values)])
+
+# %% ../../nbs/base/plots.ipynb #plots-figures-2
+class Figures(dict):
+    "Figures of a run by name, as `save_run` takes them."
+
+    def show(self, name: str, figure) -> None:
+        "Keep a figure, display it here, and close it; ValueError for a name that is taken."
+        from IPython.display import display
+
+        if name in self:
+            raise ValueError(f"name={name!r} is taken by another figure of this run")
+        self[name] = figure
+        display(figure)
+        plt.close(figure)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .batches import grammar
+from . import grammar
 from ..base.checks import check_in, check_int
 from .batches import PromptBatch, PromptSource, assemble, pad_rows, prompt_source
 from .batches import single_token_words, single_tokens
