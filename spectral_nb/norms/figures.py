@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.plots import COLORS, figure, plot_heads, plot_lines, plot_scatter
+from ..base.head_maps import plot_heads
+from ..base.plots import COLORS, figure, plot_lines, plot_scatter
 
 # %% ../../nbs/norms/figures.ipynb #09-005
 def _few(values, n: int = 7) -> list:
