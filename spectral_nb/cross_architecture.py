@@ -22,7 +22,10 @@ from .base.checks import check_float, check_in, check_int
 from .base.paths import reference_dir, repo_root
 from .prompts.grammar import sample_stories
 from .models.integrity import check_revisions
-from .models.loading import ArchSpec, list_models, list_revisions, load_model, model_info, revision_tokens
+from .models.architectures import ArchSpec
+from .models.loading import load_model
+from .models.records import model_info
+from .models.revisions import list_models, list_revisions, revision_tokens
 from .attention.participation import head_participation
 from .survey.classes import CLASSES, capability_survey, class_stability, expert_participation
 from .survey.verdicts import ModelSurvey, model_claims, sparsity_claim

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .models.checkpoints import list_revisions, revision_steps
+from .models.revisions import list_revisions, revision_steps
 from .norms.circuit_norms import r_norm
 from .base.checks import check_in, check_int
 from .base.paths import repo_root
 from .base.intervals import Interval, bootstrap_ci, claims_table
-from .models.loading import ModelInfo, load_model, model_info
+from .models.loading import load_model
+from .models.records import ModelInfo, model_info
 from spectral_nb.norms.stream import (
     StreamNorms,
     addition_table,

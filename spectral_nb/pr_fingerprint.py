@@ -37,7 +37,9 @@ from spectral_nb.fingerprint.ratios import (
     trajectory,
 )
 from .base.intervals import bootstrap_ci
-from .models.loading import ModelInfo, list_revisions, load_model, model_info
+from .models.loading import load_model
+from .models.records import ModelInfo, model_info
+from .models.revisions import list_revisions
 from spectral_nb.attention.participation import (
     elbow,
     fixed_content,

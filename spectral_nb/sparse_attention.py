@@ -20,7 +20,10 @@ from .attention.omega import capture, select_slices
 from .base.checks import check_float, check_in, check_int, head_name
 from .base.paths import repo_root
 from .base.intervals import Interval, bootstrap_ci, claims_table
-from .models.loading import ArchSpec, list_revisions, load_model, model_info
+from .models.architectures import ArchSpec
+from .models.loading import load_model
+from .models.records import model_info
+from .models.revisions import list_revisions
 from spectral_nb.attention.slices import (
     SliceData,
     head_table,

@@ -82,7 +82,7 @@ def random_tokens(n: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
 
 def zoo_names() -> list[str]:
     "Shipped models (the manifest's names)."
-    from spectral_nb.models.loading import list_models
+    from spectral_nb.models.revisions import list_models
 
     return list_models()
 

@@ -106,7 +106,7 @@ def test_browser_draws_both_views(tiny_model, tmp_path, open_page):
 
 
 def test_the_command(tmp_path, capsys):
-    from spectral_nb.models.loading import list_models
+    from spectral_nb.models.revisions import list_models
 
     if "story-gpt2-s42" not in list_models():
         pytest.skip("story-gpt2-s42 is not shipped")

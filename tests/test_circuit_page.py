@@ -11,7 +11,7 @@ import torch
 from conftest import horizontal_overflow
 
 from spectral_nb.views.circuits import circuit_data, circuit_page, layout, main
-from spectral_nb.models.planted import planted
+from spectral_nb.models.planted_circuits import planted
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.tracing.graphs import read_graph, trace_graph
 from spectral_nb.tracing.recursion import trace
@@ -175,7 +175,7 @@ def test_refusals_leave_no_file(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    from spectral_nb.models.loading import list_models
+    from spectral_nb.models.revisions import list_models
 
     if "story-gpt2-s42" not in list_models():
         pytest.skip("story-gpt2-s42 is not shipped")

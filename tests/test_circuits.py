@@ -10,7 +10,10 @@ from torch.testing import assert_close
 
 from spectral_nb.attention import omega as ci
 from spectral_nb.attention.activations import component_labels
-from spectral_nb.models.loading import ArchSpec, head_weights, load_model, qk_norm_scales, rotation
+from spectral_nb.models.architectures import ArchSpec
+from spectral_nb.models.heads import head_weights, rotation
+from spectral_nb.models.loading import load_model
+from spectral_nb.models.verification import qk_norm_scales
 from spectral_nb.attention.spectra import factored_svd
 from spectral_nb.prompts.tasks import make_batch
 

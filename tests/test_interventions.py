@@ -17,8 +17,10 @@ from spectral_nb.tracing.interventions import (
     random_slices,
     set_interventions,
 )
-from spectral_nb.models.loading import ArchSpec, from_hf, head_weights
-from spectral_nb.models.planted import planted
+from spectral_nb.models.architectures import ArchSpec
+from spectral_nb.models.heads import head_weights
+from spectral_nb.models.loading import from_hf
+from spectral_nb.models.planted_circuits import planted
 from spectral_nb.tracing.recursion import TraceOptions, trace
 
 

@@ -9,20 +9,13 @@ import torch
 import transformers as tf
 from conftest import ARCHITECTURES, D_VOCAB, random_tokens, tiny_hf, zoo_names
 
-from spectral_nb.models import loading as models
+from spectral_nb.models import verification
 from spectral_nb.models.architectures import ArchSpec
-from spectral_nb.models.loading import (
-    apply_rotation,
-    checkpoint_hash,
-    from_hf,
-    head_weights,
-    list_revisions,
-    load_model,
-    model_info,
-    rotation,
-    self_check,
-    weights_hash,
-)
+from spectral_nb.models.checkpoints import checkpoint_hash
+from spectral_nb.models.heads import apply_rotation, head_weights, rotation
+from spectral_nb.models.loading import from_hf, load_model, self_check
+from spectral_nb.models.records import model_info, weights_hash
+from spectral_nb.models.revisions import list_revisions, revision_steps
 
 
 @pytest.mark.parametrize("processing", ["folded", "raw"])
@@ -108,7 +101,8 @@ def test_stories260k_passes_its_self_check(reference, processing):
 
 def test_stories260k_continues_with_the_published_text(stories260k):
     text = (
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball. "
         "She wanted to play with it, but it was too high."
     )
     tokenizer = stories260k.tokenizer
@@ -134,7 +128,7 @@ def test_every_shipped_revision_is_whole_and_different(name):
     revisions = list_revisions(name)
     hashes = [checkpoint_hash(name, r) for r in revisions]
     assert len(set(hashes)) == len(revisions) >= 6
-    steps = list(models.revision_steps(name).values())
+    steps = list(revision_steps(name).values())
     assert steps == sorted(steps)
 
 
@@ -251,6 +245,6 @@ def test_head_out_of_range(tiny_model):
 def test_self_check_notices_wrong_weights(tmp_path, monkeypatch):
     "The check itself can fail: a wrong rotation is caught."
     tiny_hf("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(models, "apply_rotation", lambda x, cos, sin: x)
+    monkeypatch.setattr(verification, "apply_rotation", lambda x, cos, sin: x)
     with pytest.raises(ValueError, match="scores differ"):
         load_model(tmp_path, check=True)

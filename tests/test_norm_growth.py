@@ -19,7 +19,8 @@ from spectral_nb.norms import weights as streamed_norms
 from spectral_nb.norms import circuits as trajectory
 from spectral_nb.norms import theories as weight_theories
 from spectral_nb.base.paths import repo_root
-from spectral_nb.models.loading import from_hf, head_weights, load_model
+from spectral_nb.models.heads import head_weights
+from spectral_nb.models.loading import from_hf, load_model
 from spectral_nb.norm_growth import NormGrowthConfig, r_norm, run, weight_norms
 from spectral_nb.norms.stream import growth, log_norms, measure_stream, position_classes
 

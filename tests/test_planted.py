@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from spectral_nb.causal.ablation import ablate_heads, evaluate
-from spectral_nb.models.loading import ArchSpec
-from spectral_nb.models.planted import PLANTED, planted
+from spectral_nb.models.architectures import ArchSpec
+from spectral_nb.models.planted_circuits import PLANTED, planted
 
 
 @pytest.mark.parametrize("name", PLANTED)

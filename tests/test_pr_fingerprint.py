@@ -305,7 +305,7 @@ def test_committed_tables_are_complete():
 @zoo
 def test_trajectory_of_a_shipped_model():
     from spectral_nb.prompts.grammar import story_tokenizer
-    from spectral_nb.models.loading import list_revisions
+    from spectral_nb.models.revisions import list_revisions
     from spectral_nb.prompts.tasks import retrieval
 
     revisions = list_revisions("story-gpt2-s42")

@@ -11,7 +11,8 @@ from spectral_nb.attention import slices as sl
 from spectral_nb.attention import origins as so
 from spectral_nb import sparse_attention as sa
 from spectral_nb.attention.omega import capture, firings, select_slices, slice_coordinates
-from spectral_nb.models.loading import ArchSpec, list_models
+from spectral_nb.models.architectures import ArchSpec
+from spectral_nb.models.revisions import list_models
 from spectral_nb.prompts.batches import PromptBatch
 
 

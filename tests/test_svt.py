@@ -7,8 +7,9 @@ import torch
 from conftest import random_tokens, tiny_hf
 
 from spectral_nb.base.checks import head_name
-from spectral_nb.models.loading import ArchSpec, apply_rotation, head_weights, rotation
-from spectral_nb.models.planted import PLANTED, planted
+from spectral_nb.models.architectures import ArchSpec
+from spectral_nb.models.heads import apply_rotation, head_weights, rotation
+from spectral_nb.models.planted_circuits import PLANTED, planted
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.tracing.graphs import (
     communication_edges,
@@ -419,7 +420,7 @@ def test_the_papers_experiment_but_for_the_weights(reference, tmp_path):
 
 def test_section_on_planted_weights():
     from spectral_nb.svt import SvtConfig, _untraced, claims, edge_effects, edge_interventions, long_table, traced_heads
-    from spectral_nb.models.loading import model_info
+    from spectral_nb.models.records import model_info
 
     p = planted("inhibition", 6)
     edges = trace(p.model, p.batch, p.roots)

@@ -19,7 +19,9 @@ from torch import Tensor
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from ..base.checks import check_finite, check_int, head_name
-from ..models.loading import ArchSpec, head_weights, qk_norm_scales
+from ..models.architectures import ArchSpec
+from ..models.heads import head_weights
+from ..models.verification import qk_norm_scales
 
 # %% ../../nbs/attention/activations.ipynb #03-005
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from spectral_nb.attention.activations import (
     through_norm,
 )
 from ..base.checks import check_finite, check_int
-from ..models.loading import ArchSpec, apply_rotation, head_weights, rotation
+from ..models.architectures import ArchSpec
+from ..models.heads import apply_rotation, head_weights, rotation
 from .spectra import check_reconstruction, factored_svd, sign_weights
 
 _all_ = ["Activations", "Components", "Pairs", "capture", "component_outputs", "firings", "pair_scores", "through_norm"]

@@ -19,7 +19,9 @@ from torch import Tensor
 from .omega import combine_vectors, component_outputs, omega_svd, through_norm
 from ..base.checks import check_int
 from ..base.intervals import Interval, bootstrap_ci
-from ..models.loading import ArchSpec, list_revisions, load_model, revision_tokens
+from ..models.architectures import ArchSpec
+from ..models.loading import load_model
+from ..models.revisions import list_revisions, revision_tokens
 from .slices import SliceData, signal_to_clutter
 from .spectra import subspace_overlap
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from .ablation import metric_values
 from ..base.checks import check_int
 from ..base.progress import progress
-from ..models.loading import ArchSpec, apply_rotation, head_weights, qk_norm_scales, rotation
+from ..models.architectures import ArchSpec
+from ..models.heads import apply_rotation, head_weights, rotation
+from ..models.verification import qk_norm_scales
 
 # %% ../../nbs/causal/changed_runs.ipynb #09-005
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from ..base.files import write_json
-from ..models.loading import head_weights
+from ..models.heads import head_weights
 from ..norms.stream import measure_stream
 from ..norms.weights import head_rows, model_weight_norms
 from .timing import compare, random_gpt2, random_hf_gpt2, random_prompts, ratio_row, scaling_rows

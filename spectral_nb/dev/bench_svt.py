@@ -16,7 +16,7 @@ from ..attention import omega as circuits
 from ..base.checks import check_int
 from ..causal.changed_runs import Changes, run_changed
 from ..tracing.interventions import KINDS, edge_interventions, edge_vectors
-from ..models.loading import head_weights
+from ..models.heads import head_weights
 from spectral_nb.dev.timing import (
     compare,
     peak_memory_mb,

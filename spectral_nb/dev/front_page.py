@@ -152,7 +152,8 @@ def _seed_panel(ax, name: str, n_prompts: int):
     "One seed: ratios of all heads, picks and the carrying head in colour, accuracy dashed; returns the axes of the accuracy."
     from spectral_nb.causal.ablation import evaluate, single_heads
     from spectral_nb.fingerprint.ratios import as_array, trajectory
-    from spectral_nb.models.loading import list_revisions, load_model
+    from spectral_nb.models.loading import load_model
+    from spectral_nb.models.revisions import list_revisions
     from spectral_nb.attention.participation import pick_heads, pr_spread
     from spectral_nb.base.plots import COLORS
     from spectral_nb.prompts.tasks import make_batch

@@ -19,7 +19,9 @@ from torch import Tensor
 from ..attention.activations import run_to
 from ..base.checks import check_in, check_int
 from ..base.progress import progress
-from ..models.loading import head_weights, load_model, model_info
+from ..models.heads import head_weights
+from ..models.loading import load_model
+from ..models.records import model_info
 from spectral_nb.attention.participation import (
     fixed_content,
     head_participation,

@@ -24,7 +24,8 @@ from ..base.checks import check_float, check_int, head_name, parse_heads, unknow
 from ..base.files import read_json, write_json, write_table
 from ..base.paths import data_dir
 from ..models.checkpoints import checkpoint_hash
-from ..models.loading import load_model, model_info
+from ..models.loading import load_model
+from ..models.records import model_info
 from .weights import norm_matrix, weight_norms
 from ..prompts.tasks import make_batch
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..models.architectures import ArchSpec
 from ..base.intervals import Interval
 from ..base.checks import check_int
-from ..models.loading import head_weights
+from ..models.heads import head_weights
 from .stream import StreamNorms, growth, log_norms, position_classes
 
 # %% ../../nbs/norms/theories.ipynb #09-006

@@ -21,7 +21,8 @@ from ..models.architectures import ArchSpec
 from ..base.checks import check_finite, check_in
 from ..base.progress import progress
 from ..models.checkpoints import resolve
-from ..models.loading import HeadWeights, head_weights, model_info
+from ..models.heads import HeadWeights, head_weights
+from ..models.records import model_info
 from ..attention.spectra import frobenius_norm, spectral_norm
 
 # %% ../../nbs/norms/weights.ipynb #09-006

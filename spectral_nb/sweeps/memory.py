@@ -9,7 +9,8 @@ import re
 from functools import lru_cache
 
 from ..models.architectures import ArchSpec
-from ..models.checkpoints import resolve, zoo_manifest
+from ..models.checkpoints import resolve
+from ..models.revisions import zoo_manifest
 from ..base.paths import reference_dir, repo_root
 
 # %% ../../nbs/sweeps/memory.ipynb #08-004

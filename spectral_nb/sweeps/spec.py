@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from ..models.checkpoints import checkpoint_hash, list_revisions, zoo_manifest
+from ..models.checkpoints import checkpoint_hash
+from ..models.revisions import list_revisions, zoo_manifest
 from ..base.checks import unknown_name_error
 from ..base.paths import repo_root, runs_dir
 from ..base.runs import code_version, run_id, stable_hash

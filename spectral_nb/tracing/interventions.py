@@ -21,7 +21,9 @@ from ..causal.changed_runs import Changes, run_changed
 from ..attention.omega import Activations, Pairs, capture, pair_scores, slice_coordinates, slice_vectors
 from ..base.checks import check_in
 from ..base.intervals import bootstrap_ci
-from ..models.loading import ArchSpec, head_weights, model_info
+from ..models.architectures import ArchSpec
+from ..models.heads import head_weights
+from ..models.records import model_info
 from .graphs import check_edges
 from .recursion import slice_mask
 

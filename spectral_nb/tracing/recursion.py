@@ -31,7 +31,9 @@ from ..attention.activations import read_gain
 from ..causal.ablation import bootstrap_ci
 from ..base.checks import check_float, check_in, check_int, head_name, parse_heads
 from ..base.progress import progress
-from ..models.loading import ArchSpec, head_weights, model_info
+from ..models.architectures import ArchSpec
+from ..models.heads import head_weights
+from ..models.records import model_info
 from .graphs import EDGE_COLUMNS, TOKENS
 
 # %% ../../nbs/tracing/recursion.ipynb #09-005

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 
 from ..causal.ablation import wilson
-from ..models.checkpoints import file_sha256, list_models, list_revisions, resolve
+from ..models.checkpoints import file_sha256, resolve
+from ..models.revisions import list_models, list_revisions
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_json, write_table
 from ..base.paths import runs_dir, zoo_dir

@@ -22,7 +22,7 @@ from ..attention.activations import Activations, Pairs, capture
 from ..models.architectures import ArchSpec
 from ..attention.omega import select_slices, slice_terms
 from ..base.checks import check_int, head_name, parse_heads
-from ..models.loading import model_info
+from ..models.records import model_info
 from .pages import token_texts, write_page
 from ..base.plots import COLORS, figure
 
