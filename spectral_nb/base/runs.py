@@ -12,7 +12,6 @@ import json
 import os
 import random
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
