@@ -126,7 +126,8 @@ def test_trainer_callback(batch, tmp_path):
 def test_fits_the_training_loop(batch, tmp_path):
     from spectral_nb.prompts.grammar import story_tokenizer
     from spectral_nb.prompts.tasks import retrieval
-    from spectral_nb.training.loop import TrainConfig, train
+    from spectral_nb.training.config import TrainConfig
+    from spectral_nb.training.loop import train
 
     monitor = SpectralMonitor(retrieval(story_tokenizer(), 40), every=2)
     config = TrainConfig(

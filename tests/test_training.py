@@ -15,7 +15,10 @@ from spectral_nb.training import loop as training
 from spectral_nb.training import zoo
 from spectral_nb.models.checkpoints import file_sha256
 from spectral_nb.base.files import read_json, read_table
-from spectral_nb.training.loop import ARCHITECTURES, PRESETS, TrainConfig, build_model, evaluate_tasks, preset, train
+from spectral_nb.training.accuracy import EVALUATED, evaluate_tasks
+from spectral_nb.training.config import ARCHITECTURES, PRESETS, SHIPPED, TrainConfig, preset
+from spectral_nb.training.loop import train
+from spectral_nb.training.untrained import build_model
 
 TINY = dict(
     n_layers=1, d_model=16, n_heads=2, d_mlp=32, batch_size=4, steps=6, warmup_steps=2, checkpoint_every=2, eval_every=0
@@ -109,7 +112,7 @@ def test_log_holds_loss_and_accuracies(run):
     assert list(log.columns) == training.LOG_COLUMNS
     assert sorted(log[log.metric == "loss"].step) == [1, 2, 3, 4, 5, 6]
     accuracy = log[log.metric == "accuracy"]
-    assert set(accuracy.task) == set(training.TASKS) and set(accuracy.step) == {0, 2, 4, 6}
+    assert set(accuracy.task) == set(EVALUATED) and set(accuracy.step) == {0, 2, 4, 6}
     assert (log.tokens == log.step * config.tokens_per_step).all()
     assert read_table(folder / "training_log.parquet").shape == log.shape
 
@@ -187,8 +190,13 @@ def test_presets_are_the_designs_models():
         "story-llama",
         "story-olmo",
         "story-olmoe",
-        "ts51m",
-    } == set(PRESETS)
+    } == set(SHIPPED)
+    sources_size = {f"story-8x16-s{seed}" for seed in (42, 271, 149, 7, 11, 13)}
+    assert set(PRESETS) == {*SHIPPED, *sources_size, "ts51m"}
+    for name in sources_size:
+        config = preset(name)
+        assert (config.n_layers, config.n_heads, config.d_model, config.d_mlp, config.n_ctx) == (8, 16, 128, 512, 64)
+        assert (config.batch_size, config.steps, config.learning_rate) == (32, 2000, 2e-3)
     with pytest.raises(KeyError, match="story-llama"):
         preset("story-lama")
     with pytest.raises(TypeError, match="learning_rate"):
@@ -317,7 +325,7 @@ def test_chosen_checkpoints_are_dense_where_retrieval_emerges():
 
 
 def test_command_trains_and_exports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(training.PRESETS, "story-gpt2-s42", tiny(eval_every=3, eval_prompts=10))
+    monkeypatch.setitem(PRESETS, "story-gpt2-s42", tiny(eval_every=3, eval_prompts=10))
     monkeypatch.setenv("SPECTRAL_NB_DATA", str(tmp_path / "data"))
     code = zoo.main(
         ["story-gpt2-s42", "--steps", "3", "--train-dir", str(tmp_path / "t"), "--zoo", str(tmp_path / "zoo")]
@@ -333,7 +341,7 @@ def test_command_trains_and_exports(tmp_path, monkeypatch, capsys):
 def test_shipped_models_reach_their_targets_and_retrieval_is_abrupt():
     table = read_table(zoo.zoo_dir() / "accuracy.parquet")
     targets = zoo.check_targets(table)
-    assert set(targets.model) == set(PRESETS) - {"ts51m"} and targets.met.all(), targets[~targets.met]
+    assert set(targets.model) == set(SHIPPED) and targets.met.all(), targets[~targets.met]
     log = read_table(zoo.zoo_dir() / "training_log.parquet")
     rows = log[(log.task == "retrieval") & (log.metric == "accuracy")]
     for name, model in rows.groupby("model"):

@@ -43,7 +43,9 @@ def monitor_row(n_repeats: int, n_prompts: int = 128, every: int = 25) -> dict:
     from dataclasses import replace
 
     from spectral_nb.prompts.tasks import retrieval
-    from spectral_nb.training.loop import build_model, load_tokenizer, make_batches, make_optimizer, preset, update
+    from spectral_nb.training.config import preset
+    from spectral_nb.training.loop import make_batches, make_optimizer, update
+    from spectral_nb.training.untrained import build_model, load_tokenizer
 
     config = replace(preset("story-gpt2-s42"), name="bench")
     tokenizer = load_tokenizer(config)

@@ -263,7 +263,8 @@ def make_tables(folders: Iterable[str | Path], out: str | Path | None = None) ->
 
 def train_seeds(seeds: Iterable[int], out: str | Path, stop_after: int = LAST_STEP) -> None:
     "Train further seeds by the shipped GPT-2's recipe, stopped after `stop_after` of its steps; goes on where it was interrupted."
-    from spectral_nb.training.loop import preset, train
+    from spectral_nb.training.config import preset
+    from spectral_nb.training.loop import train
 
     for seed in seeds:
         name = f"story-gpt2-s{check_int('seed', seed, 0)}"

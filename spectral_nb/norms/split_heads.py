@@ -24,7 +24,9 @@ from ..base.intervals import Interval
 from ..models.loading import load_model
 from .stream import growth, log_norms, measure_stream
 from ..prompts.tasks import make_batch
-from ..training.loop import TrainConfig, evaluate_tasks, train
+from ..training.accuracy import evaluate_tasks
+from ..training.config import TrainConfig
+from ..training.loop import train
 
 # %% ../../nbs/norms/split_heads.ipynb #09-006
 HEAD_COUNTS, SEEDS = (2, 4, 8, 16), (42, 271, 149)
