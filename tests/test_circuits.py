@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from spectral_nb.attention import omega as ci
-from spectral_nb.attention.activations import component_labels
+from spectral_nb.attention.activations import capture
+from spectral_nb.attention.components import component_outputs, through_norm
+from spectral_nb.attention.omega import TensorCache, omega_svd
+from spectral_nb.attention.pairs import Pairs, firings, pair_scores
+from spectral_nb.attention.selection import select_slices
+from spectral_nb.attention.terms import combine_vectors, slice_coordinates, slice_terms, slice_vectors
+from spectral_nb.attention.components import component_labels
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.heads import head_weights, rotation
 from spectral_nb.models.loading import load_model
@@ -30,14 +35,14 @@ def made():
     def get(architecture, processing="folded"):
         if (architecture, processing) not in store:
             model = from_hf(conftest.tiny_hf(architecture), name=f"tiny-{architecture}", processing=processing)
-            store[architecture, processing] = model, ci.capture(model, conftest.random_tokens(4, 20))
+            store[architecture, processing] = model, capture(model, conftest.random_tokens(4, 20))
         return store[architecture, processing]
 
     return get
 
 
 def every_pair(acts):
-    return ci.firings(acts, threshold=0.0, skip_key=None)
+    return firings(acts, threshold=0.0, skip_key=None)
 
 
 def full_omega(model, layer, head, offset):
@@ -61,9 +66,9 @@ def full_omega(model, layer, head, offset):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_terms_equal_equation_1_in_float64(made, architecture, processing):
     model, acts = made(architecture, processing)
-    pairs = ci.firings(acts, threshold=0.2, skip_key=None)
+    pairs = firings(acts, threshold=0.2, skip_key=None)
     pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:60]]
-    terms = ci.slice_terms(model, acts, pairs)
+    terms = slice_terms(model, acts, pairs)
     for n in range(len(pairs)):
         b, layer, h, i, j = (int(t[n]) for t in pairs.tensors())
         one = torch.ones(1, dtype=torch.float64)
@@ -82,8 +87,8 @@ def test_terms_sum_to_the_models_own_scores(made, architecture, processing):
     model, acts = made(architecture, processing)
     pairs = every_pair(acts)
     assert len(pairs) > 3000
-    terms = ci.slice_terms(model, acts, pairs)
-    score = ci.pair_scores(acts, pairs) * ArchSpec.from_model(model).d_head ** 0.5
+    terms = slice_terms(model, acts, pairs)
+    score = pair_scores(acts, pairs) * ArchSpec.from_model(model).d_head ** 0.5
     error = (terms.sum(1) - score).abs()
     assert (error <= 1e-4 * score.abs() + 1e-5 * terms.abs().sum(1)).all()
 
@@ -106,9 +111,9 @@ def literal_slices(x_i, x_j, U, S, V):
 def test_a_literal_loop_gives_the_same_slices(made):
     model, acts = made("gpt2")
     pairs = every_pair(acts)[::97]
-    svd = ci.omega_svd(model)
-    terms = ci.slice_terms(model, acts, pairs)
-    mask = ci.select_slices(terms)
+    svd = omega_svd(model)
+    terms = slice_terms(model, acts, pairs)
+    mask = select_slices(terms)
     for n in range(len(pairs)):
         b, layer, h, i, j = (int(t[n]) for t in pairs.tensors())
         x_i, x_j = (torch.cat([acts.x[layer, b, p], torch.ones(1)]) for p in (i, j))
@@ -121,19 +126,19 @@ def test_a_literal_loop_gives_the_same_slices(made):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "olmoe"])
 def test_stories_and_layer_subsets(made, architecture):
     model, acts = made(architecture)
-    only = ci.capture(model, conftest.random_tokens(4, 20), layers=[1], z=False, logits=False, batch_size=3)
+    only = capture(model, conftest.random_tokens(4, 20), layers=[1], z=False, logits=False, batch_size=3)
     assert only.z is None and only.logits is None
-    pairs = ci.firings(only)
+    pairs = firings(only)
     assert set(pairs.layer.tolist()) <= {1}
-    assert_close(ci.slice_terms(model, only, pairs), ci.slice_terms(model, acts, pairs), rtol=1e-4, atol=1e-4)
+    assert_close(slice_terms(model, only, pairs), slice_terms(model, acts, pairs), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="layer 0 was not captured"):
-        ci.slice_terms(model, only, ci.Pairs([0], [0], [0], [3], [1]))
+        slice_terms(model, only, Pairs([0], [0], [0], [3], [1]))
 
 
 def check_every_firing(model, acts):
-    pairs = ci.firings(acts, skip_key=None)
-    terms = ci.slice_terms(model, acts, pairs)
-    score = ci.pair_scores(acts, pairs) * ArchSpec.from_model(model).d_head ** 0.5
+    pairs = firings(acts, skip_key=None)
+    terms = slice_terms(model, acts, pairs)
+    score = pair_scores(acts, pairs) * ArchSpec.from_model(model).d_head ** 0.5
     error = (terms.sum(1) - score).abs()
     return len(pairs), error, score.abs(), terms.abs().sum(1)
 
@@ -143,7 +148,7 @@ def test_stories260k_every_firing(stories260k, reference):
     text = (reference / "stories260k" / "stories.txt").read_text()[:4000]
     ids = stories260k.tokenizer(text)["input_ids"]
     tokens = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
-    n, error, score, size = check_every_firing(stories260k, ci.capture(stories260k, tokens))
+    n, error, score, size = check_every_firing(stories260k, capture(stories260k, tokens))
     assert n > 1000
     assert (error <= 1e-4 * score + 2e-5 * size).all()
 
@@ -156,7 +161,7 @@ def test_shipped_models_every_firing(name):
     1e-4 of the score (measured against float64), so no decomposition can agree with it more closely."""
     model = load_model(name)
     for task in ("ioi", "retrieval"):
-        n, error, score, size = check_every_firing(model, ci.capture(model, make_batch(task, model, 64, seed=0)))
+        n, error, score, size = check_every_firing(model, capture(model, make_batch(task, model, 64, seed=0)))
         assert n > 100
         assert (error <= 1e-4 * score + 5e-6 * size).all()
         assert ((error <= 1e-4 * score) | (score < 1e-2 * size)).all()
@@ -166,7 +171,7 @@ def test_shipped_models_every_firing(name):
 @pytest.mark.parametrize("offset", [None, 0, -5, 31])
 def test_omega_svd_is_the_svd_of_the_product(made, architecture, offset):
     model, _ = made(architecture)
-    svd = ci.omega_svd(model, offset=offset)
+    svd = omega_svd(model, offset=offset)
     spec = ArchSpec.from_model(model)
     assert svd.U.shape == (2, spec.n_heads, spec.d_model + 1, spec.d_head)
     for layer in range(2):
@@ -180,33 +185,33 @@ def test_omega_svd_is_the_svd_of_the_product(made, architecture, offset):
 def test_offset_beyond_the_context_is_refused(made):
     model, acts = made("llama")
     with pytest.raises(ValueError, match="offset"):
-        ci.omega_svd(model, offset=32)
+        omega_svd(model, offset=32)
     with pytest.raises(ValueError, match="offset"):
-        ci.combine_vectors(model, ci.Pairs([0], [0], [0], [0], [40]), torch.ones(1, 8), torch.ones(1, 8))
+        combine_vectors(model, Pairs([0], [0], [0], [0], [40]), torch.ones(1, 8), torch.ones(1, 8))
 
 
 def test_a_token_attending_to_itself_and_one_token_prompts(made):
     for architecture in ("gpt2", "llama"):
         model, _ = made(architecture)
-        acts = ci.capture(model, torch.tensor([[5]]))
-        pairs = ci.Pairs([0] * 4, [1] * 4, range(4), [0] * 4, [0] * 4)
+        acts = capture(model, torch.tensor([[5]]))
+        pairs = Pairs([0] * 4, [1] * 4, range(4), [0] * 4, [0] * 4)
         d_head = ArchSpec.from_model(model).d_head
         assert_close(
-            ci.slice_terms(model, acts, pairs).sum(1), ci.pair_scores(acts, pairs) * d_head**0.5, rtol=1e-4, atol=1e-4
+            slice_terms(model, acts, pairs).sum(1), pair_scores(acts, pairs) * d_head**0.5, rtol=1e-4, atol=1e-4
         )
-        assert len(ci.firings(acts)) == 0
+        assert len(firings(acts)) == 0
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "olmoe"])
 def test_a_head_that_never_fires_gives_empty_tensors(made, architecture):
     model, acts = made(architecture)
-    none = ci.firings(acts, threshold=1.1)
+    none = firings(acts, threshold=1.1)
     d_head, d_model = ArchSpec.from_model(model).d_head, ArchSpec.from_model(model).d_model
     assert len(none) == 0 and list(none.columns()) == ["prompt", "layer", "head", "q_pos", "k_pos", "name"]
-    terms = ci.slice_terms(model, acts, none)
-    assert terms.shape == (0, d_head) and ci.select_slices(terms).shape == (0, d_head)
-    assert ci.slice_vectors(model, acts, none)[0].shape == (0, d_model + 1, d_head)
-    assert ci.combine_vectors(model, none, terms, terms)[1].shape == (0, d_model + 1)
+    terms = slice_terms(model, acts, none)
+    assert terms.shape == (0, d_head) and select_slices(terms).shape == (0, d_head)
+    assert slice_vectors(model, acts, none)[0].shape == (0, d_model + 1, d_head)
+    assert combine_vectors(model, none, terms, terms)[1].shape == (0, d_model + 1)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "olmoe"])
@@ -214,11 +219,11 @@ def test_signal_and_noise_parts_of_the_inputs(made, architecture):
     "s_i^T Omega s_j is the sum over the signal set, z_i^T Omega z_j over the rest, and nothing crosses."
     model, acts = made(architecture)
     pairs = every_pair(acts)[::211]
-    a, sigma, b = ci.slice_coordinates(model, acts, pairs)
+    a, sigma, b = slice_coordinates(model, acts, pairs)
     terms = a * sigma * b
-    mask = ci.select_slices(terms)
-    s_i, s_j = ci.combine_vectors(model, pairs, a * mask, b * mask)
-    z_i, z_j = ci.combine_vectors(model, pairs, a * ~mask, b * ~mask)
+    mask = select_slices(terms)
+    s_i, s_j = combine_vectors(model, pairs, a * mask, b * mask)
+    z_i, z_j = combine_vectors(model, pairs, a * ~mask, b * ~mask)
     for n in range(len(pairs)):
         _, layer, h, i, j = (int(t[n]) for t in pairs.tensors())
         omega, atol = full_omega(model, layer, h, j - i), 1e-4 * float(terms[n].abs().sum())
@@ -234,13 +239,13 @@ def test_signal_and_noise_parts_of_the_inputs(made, architecture):
 def test_slice_vectors_are_oriented_and_orthonormal(made, architecture):
     model, acts = made(architecture)
     pairs = every_pair(acts)[::301]
-    u, v, sigma = ci.slice_vectors(model, acts, pairs)
+    u, v, sigma = slice_vectors(model, acts, pairs)
     one = torch.ones(len(pairs), 1)
     x_i = torch.cat([acts.x[pairs.layer, pairs.prompt, pairs.q_pos], one], 1)
     x_j = torch.cat([acts.x[pairs.layer, pairs.prompt, pairs.k_pos], one], 1)
     a, b = torch.einsum("nr,nrk->nk", x_i, u), torch.einsum("nr,nrk->nk", x_j, v)
     assert (a >= -1e-5).all()
-    assert_close(a * sigma * b, ci.slice_terms(model, acts, pairs), rtol=1e-3, atol=1e-3)
+    assert_close(a * sigma * b, slice_terms(model, acts, pairs), rtol=1e-3, atol=1e-3)
     eye = torch.eye(u.shape[2]).expand(len(pairs), -1, -1)
     assert_close(u.mT @ u, eye, atol=1e-4, rtol=0)
     assert_close(v.mT @ v, eye, atol=1e-4, rtol=0)
@@ -266,7 +271,7 @@ def literal_prefix(terms):
 @settings(max_examples=300, deadline=None)
 @given(rows)
 def test_selection_is_the_literal_prefix(terms):
-    mask = ci.select_slices(np.array(terms, dtype=float))
+    mask = select_slices(np.array(terms, dtype=float))
     assert set(mask.nonzero().squeeze(1).tolist()) == literal_prefix(terms)
 
 
@@ -283,7 +288,7 @@ def test_noise_is_the_largest_set_with_sum_at_most_zero(terms, seed):
     largest = max(
         len(s) for r in range(len(terms) + 1) for s in itertools.combinations(terms.tolist(), r) if sum(s) <= 0
     )
-    assert int((~ci.select_slices(terms)).sum()) == largest
+    assert int((~select_slices(terms)).sum()) == largest
 
 
 @settings(max_examples=100, deadline=None)
@@ -292,41 +297,41 @@ def test_selection_is_mirrored_scaled_and_moves_with_the_terms(terms, seed):
     t = torch.tensor(terms, dtype=torch.float64) + torch.rand(
         len(terms), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
-    mask = ci.select_slices(t)
-    assert torch.equal(ci.select_slices(-t), mask)
-    assert torch.equal(ci.select_slices(3.7 * t), mask)
+    mask = select_slices(t)
+    assert torch.equal(select_slices(-t), mask)
+    assert torch.equal(select_slices(3.7 * t), mask)
     order = torch.randperm(len(t), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(ci.select_slices(t[order]), mask[order])
-    assert torch.equal(ci.select_slices(t.expand(2, 3, -1)), mask.expand(2, 3, -1))
+    assert torch.equal(select_slices(t[order]), mask[order])
+    assert torch.equal(select_slices(t.expand(2, 3, -1)), mask.expand(2, 3, -1))
 
 
 def test_selection_edge_cases():
-    assert ci.select_slices([1.0, 2.0, 3.0]).all() and ci.select_slices([-1.0, -2.0]).all()
-    assert ci.select_slices([0.0, 0.0]).sum() == 0
-    assert ci.select_slices([3.0, 0.0, 2.0]).tolist() == [True, False, True]
-    assert ci.select_slices([2.0, -2.0]).tolist() == [True, False]  # zero score: the prefix {2} exceeds 0
-    assert ci.select_slices([2.0, 2.0, -1.0]).tolist() == [True, True, False]
-    assert ci.select_slices([4.0, 4.0, -5.0]).tolist() == [True, False, False]  # of equal terms the first
+    assert select_slices([1.0, 2.0, 3.0]).all() and select_slices([-1.0, -2.0]).all()
+    assert select_slices([0.0, 0.0]).sum() == 0
+    assert select_slices([3.0, 0.0, 2.0]).tolist() == [True, False, True]
+    assert select_slices([2.0, -2.0]).tolist() == [True, False]  # zero score: the prefix {2} exceeds 0
+    assert select_slices([2.0, 2.0, -1.0]).tolist() == [True, True, False]
+    assert select_slices([4.0, 4.0, -5.0]).tolist() == [True, False, False]  # of equal terms the first
     small = torch.full((64,), 1e-7)
     small[0] = 1.0
-    assert ci.select_slices(small).all()  # one sign, whatever the rounding of the sum
+    assert select_slices(small).all()  # one sign, whatever the rounding of the sum
 
 
 def test_other_rules():
     t = torch.tensor([6.0, 3.0, 1.0, -2.0])
-    assert ci.select_slices(t, "share:0.6").tolist() == [True, False, False, False]
-    assert ci.select_slices(t, "share:0.61").tolist() == [True, True, False, False]
-    assert ci.select_slices(t, "share:1").tolist() == [True, True, True, False]
-    assert ci.select_slices(t, "top:2").tolist() == [True, True, False, False]
-    assert ci.select_slices(t, "top:9").all()
-    assert ci.select_slices(-t, "top:1").tolist() == [True, False, False, False]
+    assert select_slices(t, "share:0.6").tolist() == [True, False, False, False]
+    assert select_slices(t, "share:0.61").tolist() == [True, True, False, False]
+    assert select_slices(t, "share:1").tolist() == [True, True, True, False]
+    assert select_slices(t, "top:2").tolist() == [True, True, False, False]
+    assert select_slices(t, "top:9").all()
+    assert select_slices(-t, "top:1").tolist() == [True, False, False, False]
     for rule in ("share:0", "share:1.5", "share", "top:0", "top:x", "best", "paper:1"):
         with pytest.raises(ValueError, match="allowed: 'paper'"):
-            ci.select_slices(t, rule)
+            select_slices(t, rule)
     with pytest.raises(ValueError, match="terms"):
-        ci.select_slices([float("nan")])
+        select_slices([float("nan")])
     with pytest.raises(ValueError, match="at least one term"):
-        ci.select_slices(torch.zeros(3, 0))
+        select_slices(torch.zeros(3, 0))
 
 
 # ---------------------------------------------------------------- what the definition of Omega implies (Lemma 1's ground)
@@ -366,10 +371,10 @@ def test_components_sum_to_the_stream_and_to_what_the_heads_read(made, architect
     model, acts = made(architecture, processing)
     tokens, spec = conftest.random_tokens(4, 20), ArchSpec.from_model(model)
     for layer in (0, 1, 2):
-        parts = ci.component_outputs(model, tokens, layer)
+        parts = component_outputs(model, tokens, layer)
         assert parts.labels == component_labels(spec, layer) and len(parts.labels) == len(parts.values)
-    parts = ci.component_outputs(model, tokens, 1)
-    read = ci.through_norm(model, 1, parts.values, acts.ln_scale[1]).sum(0)
+    parts = component_outputs(model, tokens, 1)
+    read = through_norm(model, 1, parts.values, acts.ln_scale[1]).sum(0)
     bias = dict(model.blocks[1].ln1.named_parameters()).get("_original_component.bias")
     assert_close(read + (0 if bias is None else bias), acts.x[1], atol=1e-4, rtol=1e-4)
 
@@ -379,9 +384,9 @@ def test_components_from_a_cache_and_its_missing_hooks(made):
     tokens = conftest.random_tokens(2, 9)
     with torch.no_grad():
         cache = model.run_with_cache(tokens)[1]
-    assert_close(ci.component_outputs(model, cache, 2).values, ci.component_outputs(model, tokens, 2).values)
+    assert_close(component_outputs(model, cache, 2).values, component_outputs(model, tokens, 2).values)
     with pytest.raises(KeyError, match="hook_embed"):
-        ci.component_outputs(model, {}, 1)
+        component_outputs(model, {}, 1)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -389,9 +394,9 @@ def test_capture_without_logits_stops_early_and_reads_the_same(made, architectur
     model, whole = made(architecture)
     tokens, seen = conftest.random_tokens(4, 20), []
     counters = [block.mlp.hook_in.register_forward_hook(lambda *_: seen.append(1)) for block in model.blocks]
-    short = ci.capture(model, tokens, logits=False)
+    short = capture(model, tokens, logits=False)
     assert len(seen) < len(model.blocks) and short.logits is None
-    first = ci.capture(model, tokens, layers=[0], z=False, logits=False)
+    first = capture(model, tokens, layers=[0], z=False, logits=False)
     for counter in counters:
         counter.remove()
     for field in ("x", "ln_scale", "scores", "pattern", "z", "q_scale", "k_scale"):
@@ -438,9 +443,9 @@ def test_capture_refuses_what_it_cannot_read(made):
         (torch.full((1, 4), 97), "vocabulary"),
     ]:
         with pytest.raises(ValueError, match=message):
-            ci.capture(model, tokens)
+            capture(model, tokens)
     with pytest.raises(ValueError, match="layer"):
-        ci.capture(model, torch.ones(1, 4, dtype=torch.long), layers=[7])
+        capture(model, torch.ones(1, 4, dtype=torch.long), layers=[7])
 
 
 def test_not_finite_activations_name_the_layer(tiny_model):
@@ -448,37 +453,37 @@ def test_not_finite_activations_name_the_layer(tiny_model):
     with torch.no_grad():
         model.blocks[0].mlp.out.original_component.weight[0, 0] = float("inf")
     with pytest.raises(ValueError, match="layer 1"):
-        ci.capture(model, conftest.random_tokens())
+        capture(model, conftest.random_tokens())
 
 
 def test_padding_is_not_a_pair(made):
     model, _ = made("gpt2")
     batch = type("Batch", (), {"tokens": conftest.random_tokens(2, 10), "__len__": lambda self: 2})()
     batch.attention_mask = torch.arange(10) < torch.tensor([[10], [4]])
-    acts = ci.capture(model, batch)
-    pairs = ci.firings(acts, batch, threshold=0.0, skip_key=None)
+    acts = capture(model, batch)
+    pairs = firings(acts, batch, threshold=0.0, skip_key=None)
     assert pairs.q_pos[pairs.prompt == 1].max() == 3 and (pairs.k_pos <= pairs.q_pos).all()
-    whole = ci.capture(model, batch.tokens[1:, :4])
+    whole = capture(model, batch.tokens[1:, :4])
     assert_close(acts.x[:, 1, :4], whole.x[:, 0], atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="batch has 2 prompts, acts 1"):
-        ci.firings(whole, batch)
+        firings(whole, batch)
 
 
 def test_changed_weights_are_noticed(tiny_model):
     "The cache's key is a hash of the weights, so an edit in place gives the new decomposition."
     model = tiny_model("gpt2", seed=5)
-    before = ci.omega_svd(model).S.clone()
+    before = omega_svd(model).S.clone()
     with torch.no_grad():
         for name, p in model.blocks[0].attn.named_parameters():
             if name.startswith("q."):
                 p.mul_(2)
-    after = ci.omega_svd(model).S
+    after = omega_svd(model).S
     assert_close(after[0], 2 * before[0], rtol=1e-4, atol=1e-5)
     assert_close(after[1], before[1])
 
 
 def test_the_cache_is_bounded():
-    cache = ci.TensorCache(max_bytes=100)
+    cache = TensorCache(max_bytes=100)
     for k in range(5):
         cache.put(k, (torch.zeros(10),))
     assert cache.n_bytes <= 100 and cache.get(0) is None and cache.get(4) is not None
@@ -489,7 +494,7 @@ def test_pairs_outside_are_refused(made, bad):
     model, acts = made("gpt2")
     where = {**dict(prompt=0, layer=0, head=0, q_pos=3, k_pos=1), **bad}
     with pytest.raises(ValueError, match="pairs\\."):
-        ci.slice_terms(model, acts, ci.Pairs(*([v] for v in where.values())))
+        slice_terms(model, acts, Pairs(*([v] for v in where.values())))
 
 
 def test_qk_norm_scales_are_divided_out(made):
@@ -506,11 +511,11 @@ def test_heads_wider_than_the_stream(architecture):
     from spectral_nb.models.loading import from_hf
 
     model = from_hf(conftest.tiny_hf(architecture, head_dim=40))
-    acts = ci.capture(model, conftest.random_tokens(3, 9))
+    acts = capture(model, conftest.random_tokens(3, 9))
     pairs = every_pair(acts)
-    terms, (u, v, sigma) = ci.slice_terms(model, acts, pairs), ci.slice_vectors(model, acts, pairs)
+    terms, (u, v, sigma) = slice_terms(model, acts, pairs), slice_vectors(model, acts, pairs)
     assert terms.shape == sigma.shape == (len(pairs), 33) and u.shape == v.shape == (len(pairs), 33, 33)
-    scores = ci.pair_scores(acts, pairs) * 40**0.5
+    scores = pair_scores(acts, pairs) * 40**0.5
     assert_close(terms.sum(1), scores, rtol=1e-4, atol=1e-5 * float(terms.abs().sum(1).max()))
 
 
@@ -518,14 +523,14 @@ def test_equal_weights_with_other_heads_or_rotation_share_nothing():
     from spectral_nb.models.loading import from_hf
 
     two, four = (from_hf(conftest.tiny_hf("gpt2", n_head=n)) for n in (2, 4))
-    assert ci.omega_svd(two).S.shape == (2, 2, 16) and ci.omega_svd(four).S.shape == (2, 4, 8)
+    assert omega_svd(two).S.shape == (2, 2, 16) and omega_svd(four).S.shape == (2, 4, 8)
     near, far = (
         from_hf(conftest.tiny_hf("llama", rope_parameters=dict(rope_type="default", rope_theta=t))) for t in (1e2, 1e6)
     )
     for model in (near, far):
-        acts = ci.capture(model, conftest.random_tokens(2, 12))
+        acts = capture(model, conftest.random_tokens(2, 12))
         pairs = every_pair(acts)
-        terms = ci.slice_terms(model, acts, pairs)
+        terms = slice_terms(model, acts, pairs)
         assert_close(
-            terms.sum(1), ci.pair_scores(acts, pairs) * 8**0.5, rtol=1e-3, atol=1e-5 * float(terms.abs().sum(1).max())
+            terms.sum(1), pair_scores(acts, pairs) * 8**0.5, rtol=1e-3, atol=1e-5 * float(terms.abs().sum(1).max())
         )

@@ -7,7 +7,9 @@ from conftest import random_tokens, tiny_hf
 from test_svt import firing_roots, peaked, toy_batch
 
 from spectral_nb.causal.changed_runs import Changes, run_changed
-from spectral_nb.attention.omega import Pairs, capture, slice_terms, slice_vectors
+from spectral_nb.attention.activations import capture
+from spectral_nb.attention.pairs import Pairs
+from spectral_nb.attention.terms import slice_terms, slice_vectors
 from spectral_nb.tracing.interventions import (
     KINDS,
     additivity,

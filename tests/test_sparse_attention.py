@@ -10,7 +10,10 @@ from torch.testing import assert_close
 from spectral_nb.attention import slices as sl
 from spectral_nb.attention import origins as so
 from spectral_nb import sparse_attention as sa
-from spectral_nb.attention.omega import capture, firings, select_slices, slice_coordinates
+from spectral_nb.attention.activations import capture
+from spectral_nb.attention.pairs import firings
+from spectral_nb.attention.selection import select_slices
+from spectral_nb.attention.terms import slice_coordinates
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.revisions import list_models
 from spectral_nb.prompts.batches import PromptBatch
@@ -137,7 +140,8 @@ def test_non_firings_do_not_fire_and_are_as_many(made):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "olmoe", "gpt_neox"])
 def test_upstream_contributions_against_equation_8(made, architecture):
     "One pair at a time from the oriented singular vectors."
-    from spectral_nb.attention.omega import component_outputs, slice_vectors
+    from spectral_nb.attention.components import component_outputs
+    from spectral_nb.attention.terms import slice_vectors
 
     model, batch, data = made(architecture)
     _, values = so.upstream_contributions(model, batch, data, 1)

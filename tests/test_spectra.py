@@ -117,7 +117,7 @@ def test_numpy_and_broadcast_batches():
 def test_participation_ratio_from_gram_summed_over_batches():
     x = torch.randn(200, 12, dtype=torch.float64) * torch.linspace(1, 0.01, 12, dtype=torch.float64)
     gram = sum(part.mT @ part for part in x.split(37))
-    for kind in sp.KINDS:
+    for kind in sp.PR_KINDS:
         assert_close(sp.participation_ratio_from_gram(gram, kind), sp.participation_ratio(x, kind), rtol=1e-9, atol=0)
     s = torch.linalg.svdvals(x)
     p = s**2 / (s**2).sum()
@@ -127,7 +127,7 @@ def test_participation_ratio_from_gram_summed_over_batches():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 9999), st.integers(1, 9), st.integers(1, 9), st.sampled_from(sp.KINDS))
+@given(st.integers(0, 9999), st.integers(1, 9), st.integers(1, 9), st.sampled_from(sp.PR_KINDS))
 def test_participation_ratio_is_between_one_and_the_rank(seed, n, d, kind):
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     pr = sp.participation_ratio(x, kind).item()

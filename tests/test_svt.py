@@ -246,7 +246,8 @@ def test_the_distractor_writes_most(name):
 
 def test_all_components_sum_to_the_signal(tiny_model):
     "Contributions of heads, MLPs, embeddings and biases, with the appended 1, are the signal: 1e-4."
-    from spectral_nb.attention.omega import capture, firings
+    from spectral_nb.attention.activations import capture
+    from spectral_nb.attention.pairs import firings
     from spectral_nb.tracing.recursion import reading_vectors
 
     for architecture in ("gpt2", "gpt_neox", "llama", "olmoe"):

@@ -9,12 +9,16 @@ __all__ = ['loop_slices', 'benchmarks', 'scaling']
 import pandas as pd
 import torch
 
-from ..attention import omega as circuits
+from ..attention.activations import Activations, capture
+from ..attention.omega import OmegaSVD, omega_cache, omega_svd, qk_factors
+from ..attention.pairs import Pairs, firings
+from ..attention.selection import select_slices
+from ..attention.terms import slice_terms
 from ..attention.spectra import factored_singular_values
 from .timing import compare, peak_memory_mb, random_gpt2, random_prompts, scaling_rows
 
 # %% ../../nbs/dev/bench_sparse.ipynb #22-005
-def loop_slices(acts: circuits.Activations, svd: circuits.OmegaSVD, pairs: circuits.Pairs) -> list[list[int]]:
+def loop_slices(acts: Activations, svd: OmegaSVD, pairs: Pairs) -> list[list[int]]:
     "Signal set of every pair, one pair and one slice at a time, as the definition is usually coded."
     one, chosen = torch.ones(1), []
     for b, layer, h, i, j in zip(*(t.tolist() for t in pairs.tensors()), strict=True):
@@ -34,9 +38,9 @@ def loop_slices(acts: circuits.Activations, svd: circuits.OmegaSVD, pairs: circu
     return chosen
 
 # %% ../../nbs/dev/bench_sparse.ipynb #22-006
-def _fresh_svd(model) -> circuits.OmegaSVD:
-    circuits.omega_cache.clear()
-    return circuits.omega_svd(model)
+def _fresh_svd(model) -> OmegaSVD:
+    omega_cache.clear()
+    return omega_svd(model)
 
 
 def _svd_rows(model, n_repeats: int) -> list[dict]:
@@ -44,7 +48,7 @@ def _svd_rows(model, n_repeats: int) -> list[dict]:
     from transformer_lens import FactoredMatrix
 
     memory = peak_memory_mb(lambda: _fresh_svd(model))  # first, while no freed memory is there to be used again
-    pairs = [circuits.qk_factors(model, layer) for layer in range(len(model.blocks))]
+    pairs = [qk_factors(model, layer) for layer in range(len(model.blocks))]
     left, right = (torch.cat(sides) for sides in zip(*pairs, strict=True))
     product = pairs[0][0] @ pairs[0][1].mT
     (n, m, r), threads = left.shape, f"{torch.get_num_threads()} threads"
@@ -83,13 +87,13 @@ def _svd_rows(model, n_repeats: int) -> list[dict]:
 def _slice_row(model, n_repeats: int, n_prompts: int, n_loop: int = 20) -> dict:
     "Terms and selection of every firing of a batch against the loop."
     tokens = random_prompts(n_prompts, 16).tokens
-    acts = circuits.capture(model, tokens, z=False, logits=False)
-    svd, pairs = circuits.omega_svd(model), circuits.firings(acts)
+    acts = capture(model, tokens, z=False, logits=False)
+    svd, pairs = omega_svd(model), firings(acts)
     few = pairs[torch.linspace(0, len(pairs) - 1, n_loop).long()]
-    memory = peak_memory_mb(lambda: circuits.slice_terms(model, acts, pairs))
+    memory = peak_memory_mb(lambda: slice_terms(model, acts, pairs))
     return compare(
         "slices / loop",
-        lambda: circuits.select_slices(circuits.slice_terms(model, acts, pairs)),
+        lambda: select_slices(slice_terms(model, acts, pairs)),
         lambda: loop_slices(acts, svd, few),
         n_repeats,
         scale=len(pairs) / n_loop,
@@ -110,8 +114,8 @@ def scaling() -> pd.DataFrame:
     "Capture, decomposition, terms and selection of all firings, over growing inputs."
 
     def call(model, batch):
-        circuits.omega_cache.clear()
-        acts = circuits.capture(model, batch, z=False, logits=False)
-        return circuits.select_slices(circuits.slice_terms(model, acts, circuits.firings(acts, batch)))
+        omega_cache.clear()
+        acts = capture(model, batch, z=False, logits=False)
+        return select_slices(slice_terms(model, acts, firings(acts, batch)))
 
     return scaling_rows("11 sparse attention", call)
