@@ -16,10 +16,12 @@ import pandas as pd
 import torch
 
 from .causal.ablation import metric_values
-from .attention.omega import capture, select_slices
+from .attention.activations import capture
+from .attention.selection import select_slices
 from .base.checks import check_float, check_in, check_int, head_name
 from .base.paths import repo_root
-from .base.intervals import Interval, bootstrap_ci, claims_table
+from .base.claims import claims_table
+from .base.intervals import Interval, bootstrap_ci
 from .models.architectures import ArchSpec
 from .models.loading import load_model
 from .models.records import model_info
@@ -42,7 +44,8 @@ from spectral_nb.attention.origins import (
     grouped_auc,
     signal_magnitude,
 )
-from .prompts.tasks import TASKS, PromptBatch, make_batch
+from .prompts.batches import PromptBatch
+from .prompts.tasks import TASKS, make_batch
 
 _all_ = ["select_slices"]
 

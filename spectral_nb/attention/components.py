@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .activations import run_to, token_batch
 from ..base.checks import check_int, head_name
-from ..models.loading import ArchSpec, head_weights
+from ..models.architectures import ArchSpec
+from ..models.heads import head_weights
 
 # %% ../../nbs/attention/components.ipynb #comp-004
 @dataclass(frozen=True)

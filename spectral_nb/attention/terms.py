@@ -15,7 +15,7 @@ from torch import Tensor
 from .activations import Activations
 from .omega import check_offset, omega_bases, omega_cores, omega_vectors
 from .pairs import Pairs, layer_index
-from ..models.loading import ArchSpec
+from ..models.architectures import ArchSpec
 
 # %% ../../nbs/attention/terms.ipynb #terms-004
 _CHUNK = 2048  # pairs whose cores are gathered at once

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..attention import omega as circuits
+from ..attention.activations import Activations, capture
+from ..attention.omega import OmegaSVD, omega_svd
+from ..attention.pairs import firings
 from ..base.checks import check_int
 from ..causal.changed_runs import Changes, run_changed
 from ..tracing.interventions import KINDS, edge_interventions, edge_vectors
@@ -32,9 +34,7 @@ from ..tracing.recursion import trace, trace_tables
 class LiteralTrace:
     "Algorithm 1 of arXiv 2410.00340 with loops over pairs, slices and heads."
 
-    def __init__(
-        self, model, acts: circuits.Activations, svd: circuits.OmegaSVD, threshold: float = 0.5, share: float = 0.7
-    ):
+    def __init__(self, model, acts: Activations, svd: OmegaSVD, threshold: float = 0.5, share: float = 0.7):
         self.acts, self.svd, self.threshold, self.share = acts, svd, threshold, share
         self.W_O = [head_weights(model, layer).W_O for layer in acts.layers]
         self.n_heads, self.one, self.seen, self.edges = self.W_O[0].shape[0], torch.ones(1), set(), {}
@@ -122,8 +122,8 @@ class ScriptTrace(LiteralTrace):
 # %% ../../nbs/dev/bench_svt.ipynb #22-007
 def _roots(model, batch) -> list[tuple[int, int]]:
     "The three heads of the two highest layers that fire most often at the end."
-    acts = circuits.capture(model, batch, z=False, logits=False)
-    p = circuits.firings(acts, batch)
+    acts = capture(model, batch, z=False, logits=False)
+    p = firings(acts, batch)
     p = p[(p.layer >= acts.layers[-1] - 1) & (p.q_pos == batch.at("end")[p.prompt])]
     heads, counts = torch.stack([p.layer, p.head], 1).unique(dim=0, return_counts=True)
     return [tuple(h) for h in heads[counts.argsort(descending=True)[:3]].tolist()]
@@ -131,7 +131,7 @@ def _roots(model, batch) -> list[tuple[int, int]]:
 
 def _literal_seconds(kind: type, model, batch, roots, limit_s: float) -> tuple[float, LiteralTrace]:
     "Seconds a firing of a literal tracer, timed for `limit_s` seconds, and the tracer."
-    literal = kind(model, circuits.capture(model, batch, logits=False), circuits.omega_svd(model))
+    literal = kind(model, capture(model, batch, logits=False), omega_svd(model))
     with torch.inference_mode():
         taken = seconds(literal.run, roots, batch.at("end"), limit_s)
     return taken / len(literal.seen), literal
@@ -183,7 +183,7 @@ def trace_rows(model, n_repeats: int = 3, n_prompts: int = 256, limit_s: float =
 # %% ../../nbs/dev/bench_svt.ipynb #22-009
 def _unbatched(model, batch, edges: pd.DataFrame, kinds) -> None:
     "One forward pass for each edge and kind."
-    acts = circuits.capture(model, batch, logits=False)
+    acts = capture(model, batch, logits=False)
     for slices in ("traced", "random"):
         h = edge_vectors(model, acts, edges)[slices][0]
         for action, scope, which in kinds:

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from ..causal.ablation import metric_values
 from ..causal.changed_runs import Changes, run_changed
-from ..attention.omega import Activations, Pairs, capture, pair_scores, slice_coordinates, slice_vectors
+from ..attention.activations import Activations, capture
+from ..attention.pairs import Pairs, pair_scores
+from ..attention.terms import slice_coordinates, slice_vectors
 from ..base.checks import check_in
 from ..base.intervals import bootstrap_ci
 from ..models.architectures import ArchSpec

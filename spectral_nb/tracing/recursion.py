@@ -17,17 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from spectral_nb.attention.omega import (
-    Activations,
-    Pairs,
-    capture,
-    combine_vectors,
-    component_outputs,
-    firings,
-    select_slices,
-    slice_coordinates,
-)
-from ..attention.activations import read_gain
+from ..attention.activations import Activations, capture
+from ..attention.components import component_outputs
+from ..attention.pairs import Pairs, firings
+from ..attention.selection import select_slices
+from ..attention.terms import combine_vectors, slice_coordinates
+from ..attention.components import read_gain
 from ..causal.ablation import bootstrap_ci
 from ..base.checks import check_float, check_in, check_int, head_name, parse_heads
 from ..base.progress import progress

@@ -18,9 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attention.activations import Activations, Pairs, capture
+from ..attention.activations import Activations, capture
+from ..attention.pairs import Pairs
 from ..models.architectures import ArchSpec
-from ..attention.omega import select_slices, slice_terms
+from ..attention.selection import select_slices
+from ..attention.terms import slice_terms
 from ..base.checks import check_int, head_name, parse_heads
 from ..models.records import model_info
 from .pages import token_texts, write_page
