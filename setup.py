@@ -21,6 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["spectral_nb", "spectral_nb.*"]),
     include_package_data=True,
+    package_data={"spectral_nb.views": ["assets/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={extra: shlex.split(cfg[f"{extra}_requirements"]) for extra in ("dev", "bench")},

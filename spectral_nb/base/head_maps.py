@@ -20,7 +20,7 @@ from .plots import COLORS, DIVERGING, SEQUENTIAL, axes_of, check_columns
 
 # %% ../../nbs/base/head_maps.ipynb #heads-005
 def head_matrix(table: pd.DataFrame, value: str) -> np.ndarray:
-    "[n_layers, n_heads] of a column of a table with `layer` and `head`; NaN for a missing head, KeyError for a column."
+    "[n_layers, n_heads] of a column of a table with `layer`, `head`; NaN for a missing head, KeyError for a column."
     check_columns(table, "layer", "head", value)
     out = np.full((int(table.layer.max()) + 1, int(table["head"].max()) + 1), np.nan)
     out[table.layer.to_numpy(int), table["head"].to_numpy(int)] = table[value].to_numpy(float)

@@ -104,7 +104,7 @@ def bootstrap_ci(
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of the share `successes / n`, between 0 and 1.
 
-    TypeError for counts that are not whole, ValueError for `successes` above `n`, `n` below 1 or a level outside 0..1."""
+    TypeError for counts that are not whole, ValueError for `successes` above `n`, `n` below 1 or a level out of 0..1."""
     check_int("n", n, 1)
     check_int("successes", successes, 0, n)
     _check_level(level)
@@ -116,7 +116,7 @@ ALTERNATIVES = ("greater", "less", "two-sided")
 
 # %% ../../nbs/base/intervals.ipynb #04-015b
 def exact_p(effect: float, draws, alternative: str = "greater") -> float:
-    """Rank p-value of `effect` among `draws`: (1 + those as extreme) / (1 + all); 1 without draws.
+    """Rank p-value of `effect` among `draws`: (1 + as extreme) / (1 + all); 1 without draws.
 
     `alternative`: "greater", "less" or "two-sided". ValueError for another one, or numbers that are not finite."""
     check_in("alternative", alternative, ALTERNATIVES)
