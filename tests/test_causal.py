@@ -26,7 +26,7 @@ from spectral_nb.causal.ablation import (
     wilson,
 )
 from spectral_nb.models.loading import from_hf
-from spectral_nb.prompts.tasks import PromptBatch
+from spectral_nb.prompts.batches import PromptBatch
 
 
 def toy_batch(n=24, length=10, pad=3, seed=0):

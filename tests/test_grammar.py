@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig
 
-from spectral_nb.prompts.grammar import (
-    NAMES,
-    NOUNS,
-    VERBS,
-    lexicon,
-    probe_rows,
-    random_rows,
-    sample_stories,
-    sample_training,
-    story_tokenizer,
-)
+from spectral_nb.prompts.grammar import NAMES, NOUNS, VERBS, lexicon, story_tokenizer
+from spectral_nb.prompts.stories import probe_rows, random_rows, sample_stories, sample_training
 
 LEX = lexicon()
 HELD_NAMES = set(NAMES[100:])

@@ -8,7 +8,7 @@ from conftest import D_VOCAB, random_tokens, tiny_hf
 from spectral_nb.models.loading import from_hf
 from spectral_nb.training.monitor import SpectralMonitor, TransitionRule, rising
 from spectral_nb.attention.participation import fixed_content, head_participation
-from spectral_nb.prompts.tasks import PromptBatch
+from spectral_nb.prompts.batches import PromptBatch
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_trainer_callback(batch, tmp_path):
 
 def test_fits_the_training_loop(batch, tmp_path):
     from spectral_nb.prompts.grammar import story_tokenizer
-    from spectral_nb.prompts.tasks import retrieval
+    from spectral_nb.prompts.lookup_tasks import retrieval
     from spectral_nb.training.config import TrainConfig
     from spectral_nb.training.loop import train
 

@@ -34,7 +34,7 @@ from spectral_nb.pr_fingerprint import FingerprintConfig, head_participation, pr
 from spectral_nb.fingerprint.seed_stats import _auc, recurrence, replay_events, start_prediction
 from spectral_nb.fingerprint.seeds import ablation_conditions, load_seed_tables, tables_dir
 from spectral_nb.attention.spectra import participation_ratio
-from spectral_nb.prompts.tasks import PromptBatch
+from spectral_nb.prompts.batches import PromptBatch
 
 zoo = pytest.mark.skipif("story-gpt2-s42" not in zoo_names(), reason="the shipped models are absent")
 
@@ -306,7 +306,7 @@ def test_committed_tables_are_complete():
 def test_trajectory_of_a_shipped_model():
     from spectral_nb.prompts.grammar import story_tokenizer
     from spectral_nb.models.revisions import list_revisions
-    from spectral_nb.prompts.tasks import retrieval
+    from spectral_nb.prompts.lookup_tasks import retrieval
 
     revisions = list_revisions("story-gpt2-s42")
     batch = retrieval(story_tokenizer(), 80, seed=5)

@@ -13,17 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spectral_nb.base.paths import reference_dir
-from spectral_nb.prompts.grammar import (
-    BODIES,
-    IOI_WORDINGS,
-    NAMES,
-    NOUNS,
-    VERBS,
-    lexicon,
-    sample_training,
-    story_tokenizer,
-)
-from spectral_nb.prompts.tasks import TASKS, PromptBatch, induction, ioi, make_batch, retrieval, sva, text
+from spectral_nb.prompts.batches import PromptBatch
+from spectral_nb.prompts.grammar import BODIES, IOI_WORDINGS, NAMES, NOUNS, VERBS, lexicon, story_tokenizer
+from spectral_nb.prompts.stories import sample_training
+from spectral_nb.prompts.tasks import TASKS, induction, ioi, make_batch, retrieval, sva, text
 
 STORY = story_tokenizer()
 LEX = lexicon()

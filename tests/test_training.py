@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectral_nb.training import corpus
-from spectral_nb.prompts import grammar
+from spectral_nb.prompts import grammar, stories
 from spectral_nb.training import loop as training
 from spectral_nb.training import zoo
 from spectral_nb.models.checkpoints import file_sha256
@@ -232,7 +232,7 @@ def test_accuracy_of_a_model_that_knows_is_one():
 def test_ts51m_shape_and_a_few_steps(tmp_path):
     config = preset("ts51m")
     assert (config.n_layers, config.d_model, config.n_heads, config.n_ctx, config.n_codewords) == (8, 512, 16, 512, 512)
-    (tmp_path / "text.txt").write_text("\n\n".join(grammar.sample_stories(np.random.default_rng(0), 200)))
+    (tmp_path / "text.txt").write_text("\n\n".join(stories.sample_stories(np.random.default_rng(0), 200)))
     grammar.story_tokenizer().save_pretrained(tmp_path / "tokenizer")
     small = dataclasses.replace(
         config,
