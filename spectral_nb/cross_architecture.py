@@ -20,7 +20,7 @@ from .prompts.bigrams import natural_bigrams, synthetic_bigrams
 from .causal.ablation import evaluate
 from .base.checks import check_float, check_in, check_int
 from .base.paths import reference_dir, repo_root
-from .prompts.grammar import sample_stories
+from .prompts.stories import sample_stories
 from .models.integrity import check_revisions
 from .models.architectures import ArchSpec
 from .models.loading import load_model

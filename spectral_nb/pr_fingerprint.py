@@ -68,7 +68,8 @@ from spectral_nb.fingerprint.seed_stats import (
     start_prediction,
 )
 from .fingerprint.seeds import checkpoint_ratios, load_seed_tables, picks_of
-from .prompts.tasks import retrieval, text
+from .prompts.lookup_tasks import retrieval
+from .prompts.running_text import text
 
 _all_ = [
     "elbow",

@@ -42,7 +42,7 @@ def monitor_row(n_repeats: int, n_prompts: int = 128, every: int = 25) -> dict:
     "What the monitor adds to the training of the shipped GPT-2."
     from dataclasses import replace
 
-    from spectral_nb.prompts.tasks import retrieval
+    from spectral_nb.prompts.lookup_tasks import retrieval
     from spectral_nb.training.config import preset
     from spectral_nb.training.loop import make_batches, make_optimizer, update
     from spectral_nb.training.untrained import build_model, load_tokenizer

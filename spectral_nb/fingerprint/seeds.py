@@ -41,7 +41,8 @@ from spectral_nb.fingerprint.ratios import (
 from ..prompts.grammar import story_tokenizer
 from ..models.loading import load_model
 from ..attention.participation import HeadGrams, fixed_content, pick_heads, shuffled_positions
-from ..prompts.tasks import retrieval, text
+from ..prompts.lookup_tasks import retrieval
+from ..prompts.running_text import text
 
 # %% ../../nbs/fingerprint/seeds.ipynb #09-005
 LAST_STEP, EVERY = 1600, 20

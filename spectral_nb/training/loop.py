@@ -21,7 +21,7 @@ from torch import Tensor
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_json, write_table
 from ..base.progress import progress
-from ..prompts.grammar import sample_training
+from ..prompts.stories import sample_training
 from .accuracy import evaluate_tasks
 from .checkpoint import load_state, new_folder, save_state, write_checkpoint
 from .config import TrainConfig
