@@ -8,23 +8,13 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, random_tokens, tiny_hf
 
-from spectral_nb.causal.ablation import (
-    Interval,
-    ablate_heads,
-    ablated_values,
-    ablation_test,
-    bootstrap_ci,
-    claims_table,
-    evaluate,
-    exact_p,
-    matched_random,
-    metric_values,
-    permutation_p,
-    reference_outputs,
-    single_heads,
-    verdict,
-    wilson,
-)
+from spectral_nb.base.claims import claims_table
+from spectral_nb.base.intervals import Interval, bootstrap_ci, exact_p, permutation_p, wilson
+from spectral_nb.causal.ablation import ablate_heads, ablated_values, reference_outputs
+from spectral_nb.causal.head_effects import single_heads
+from spectral_nb.causal.matched_sets import matched_random
+from spectral_nb.causal.metrics import evaluate, metric_values
+from spectral_nb.causal.set_tests import ablation_test, set_verdict
 from spectral_nb.models.loading import from_hf
 from spectral_nb.prompts.batches import PromptBatch
 
@@ -300,10 +290,10 @@ def test_claims_table_refuses_unknown_columns():
 
 
 def test_verdict_needs_controls_and_an_interval():
-    assert verdict(Interval(1, 0.9, 1.1), []) == "untested"
-    assert verdict(Interval(1, -0.1, 2.1), [0.0] * 30) == "null"
-    assert verdict(Interval(0.4, 0.3, 0.5), [0.3, 0.1, 0.0]) == "secondary"
-    assert verdict(Interval(0.4, 0.3, 0.5), [0.5, 0.1, 0.0], selective=True) == "correlate"
+    assert set_verdict(Interval(1, 0.9, 1.1), []) == "untested"
+    assert set_verdict(Interval(1, -0.1, 2.1), [0.0] * 30) == "null"
+    assert set_verdict(Interval(0.4, 0.3, 0.5), [0.3, 0.1, 0.0]) == "secondary"
+    assert set_verdict(Interval(0.4, 0.3, 0.5), [0.5, 0.1, 0.0], selective=True) == "correlate"
 
 
 def test_non_finite_models_are_refused(tiny_model):

@@ -296,7 +296,7 @@ def test_control_sets_come_from_the_layers_first():
 
 
 def test_screen_ablation_against_the_plain_test():
-    from spectral_nb.causal.ablation import ablation_test
+    from spectral_nb.causal.set_tests import ablation_test
 
     model = random_model(2, 4)
     batch, heads = synthetic_bigrams(model, 24, vocabulary="all"), [(0, 1), (1, 3)]

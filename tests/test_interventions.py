@@ -6,7 +6,9 @@ import torch
 from conftest import random_tokens, tiny_hf
 from test_svt import firing_roots, peaked, toy_batch
 
-from spectral_nb.causal.changed_runs import Changes, run_changed
+from spectral_nb.causal.changed_runs import run_changed
+from spectral_nb.causal.changes import Changes
+from spectral_nb.causal.reached import replaced_forwards
 from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import Pairs
 from spectral_nb.attention.terms import slice_terms, slice_vectors
@@ -165,7 +167,7 @@ def test_batch_size_changes_nothing():
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo", "llama", "qwen3", "olmoe"])
 def test_computing_only_what_a_change_reaches_is_the_whole_pass(architecture):
-    "Every logit, so that any metric is right, and the watched scores; several changes in one run, at the first and at the last token, and none."
+    "Every logit, so that any metric is right, and the watched scores; several changes in a run, at the ends, and none."
     model = peaked(architecture)
     batch, n_layers = toy_batch(random_tokens(3, 7), [7, 5, 6]), ArchSpec.from_model(model).n_layers
     names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post"]
@@ -279,3 +281,37 @@ def test_bad_input():
     raw = from_hf(tiny_hf("gpt2"), processing="raw")
     with pytest.raises(ValueError, match="folded"):
         edge_interventions(raw, p.batch, edges)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "olmoe"])
+def test_an_exception_inside_or_while_entering_restores_every_forward(architecture):
+    "Also where blocks are nested, and where the last of the modules cannot be had."
+    model = peaked(architecture)
+    batch = toy_batch(random_tokens(2, 6))
+    before, first = model(batch.tokens), model.blocks[0].mlp
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken forward")
+
+    with (
+        pytest.raises(RuntimeError, match="broken forward"),
+        replaced_forwards([(b.mlp, broken) for b in model.blocks]),
+    ):
+        model(batch.tokens)
+
+    def some():
+        yield first, broken
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), replaced_forwards(some()):
+        raise AssertionError("never entered")
+    with replaced_forwards([(first, zero_forward)]):
+        with pytest.raises(RuntimeError), replaced_forwards([(first, broken)]):
+            model(batch.tokens)
+        assert first.__dict__["forward"] is zero_forward, "the enclosing block's forward must come back"
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    torch.testing.assert_close(model(batch.tokens), before)
+
+
+def zero_forward(x, *args, **kwargs):
+    return torch.zeros_like(x)

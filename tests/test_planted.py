@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from spectral_nb.causal.ablation import ablate_heads, evaluate
+from spectral_nb.causal.ablation import ablate_heads
+from spectral_nb.causal.metrics import evaluate
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.planted_circuits import PLANTED, planted
 

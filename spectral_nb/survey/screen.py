@@ -14,7 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..causal.ablation import ablate_heads, evaluate, head_list, matched_random, verdict
+from ..causal.ablation import ablate_heads
+from ..causal.matched_sets import head_list, matched_random
+from ..causal.metrics import evaluate
+from ..causal.set_tests import set_verdict
 from ..base.checks import check_float, check_in, check_int, parse_heads
 from ..base.intervals import bootstrap_ci, exact_p, wilson
 from .classes import CLASSES
@@ -126,7 +129,7 @@ def _set_rows(pairs, baseline, ablated, others: pd.DataFrame, seed: int) -> list
                 "ci_high": effect.high,
                 "rank": 1 + int((draws >= effect.estimate).sum()),
                 "p": exact_p(effect.estimate, draws),
-                "verdict": verdict(effect, draws, selective=True),
+                "verdict": set_verdict(effect, draws, selective=True),
             }
         )
     return rows
