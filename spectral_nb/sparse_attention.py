@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .causal.ablation import metric_values
+from .causal.metrics import metric_values
 from .attention.activations import capture
 from .attention.selection import select_slices
 from .base.checks import check_float, check_in, check_int, head_name

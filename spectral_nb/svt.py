@@ -19,7 +19,8 @@ from scipy import stats
 
 from .base.checks import check_in, check_int, head_name
 from .tracing.interventions import edge_interventions, edge_sets, set_interventions, additivity
-from .base.intervals import Interval, bootstrap_ci, claims_table, wilson
+from .base.claims import claims_table
+from .base.intervals import Interval, bootstrap_ci, wilson
 from .models.loading import load_model
 from .models.records import ModelInfo, model_info
 from .prompts.tasks import TASKS, make_batch

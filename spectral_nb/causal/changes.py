@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..models.loading import ArchSpec, apply_rotation, head_weights, qk_norm_scales, rotation
+from ..models.architectures import ArchSpec
+from ..models.heads import apply_rotation, head_weights, rotation
+from ..models.verification import qk_norm_scales
 
 # %% ../../nbs/causal/changes.ipynb #changes-004
 @dataclass(frozen=True)

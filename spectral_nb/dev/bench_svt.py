@@ -16,7 +16,8 @@ from ..attention.activations import Activations, capture
 from ..attention.omega import OmegaSVD, omega_svd
 from ..attention.pairs import firings
 from ..base.checks import check_int
-from ..causal.changed_runs import Changes, run_changed
+from ..causal.changed_runs import run_changed
+from ..causal.changes import Changes
 from ..tracing.interventions import KINDS, edge_interventions, edge_vectors
 from ..models.heads import head_weights
 from spectral_nb.dev.timing import (

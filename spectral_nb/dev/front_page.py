@@ -150,7 +150,8 @@ SEED_MODELS = ("story-gpt2-s42", "story-gpt2-s271", "story-gpt2-s149")
 
 def _seed_panel(ax, name: str, n_prompts: int):
     "One seed: ratios of all heads, picks and the carrying head in colour, accuracy dashed; returns the axes of the accuracy."
-    from spectral_nb.causal.ablation import evaluate, single_heads
+    from spectral_nb.causal.head_effects import single_heads
+    from spectral_nb.causal.metrics import evaluate
     from spectral_nb.fingerprint.ratios import as_array, trajectory
     from spectral_nb.models.loading import load_model
     from spectral_nb.models.revisions import list_revisions

@@ -18,7 +18,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from ..causal.ablation import evaluate, head_list, single_heads
+from ..causal.head_effects import single_heads
+from ..causal.matched_sets import head_list
+from ..causal.metrics import evaluate
 from .circuit_norms import r_norm_test, rank_correlation, reading_bands, trajectory
 from ..base.checks import check_float, check_int, head_name, parse_heads, unknown_name_error
 from ..base.files import read_json, write_json, write_table

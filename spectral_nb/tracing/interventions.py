@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..causal.ablation import metric_values
-from ..causal.changed_runs import Changes, run_changed
+from ..causal.metrics import metric_values
+from ..causal.changed_runs import run_changed
+from ..causal.changes import Changes
 from ..attention.activations import Activations, capture
 from ..attention.pairs import Pairs, pair_scores
 from ..attention.terms import slice_coordinates, slice_vectors

@@ -23,7 +23,7 @@ from ..attention.pairs import Pairs, firings
 from ..attention.selection import select_slices
 from ..attention.terms import combine_vectors, slice_coordinates
 from ..attention.components import read_gain
-from ..causal.ablation import bootstrap_ci
+from ..base.intervals import bootstrap_ci
 from ..base.checks import check_float, check_in, check_int, head_name, parse_heads
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
