@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .prompts.bigrams import natural_bigrams, synthetic_bigrams
-from .causal.ablation import evaluate
+from .causal.metrics import evaluate
 from .base.checks import check_float, check_in, check_int
 from .base.paths import reference_dir, repo_root
 from .prompts.stories import sample_stories

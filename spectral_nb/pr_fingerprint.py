@@ -14,16 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from spectral_nb.causal.ablation import (
-    MODES,
-    AblationResult,
-    Interval,
-    ablation_test,
-    matched_random,
-    reference_outputs,
-    single_heads,
-    wilson,
-)
+from .base.intervals import Interval, wilson
+from .causal.ablation import MODES, reference_outputs
+from .causal.head_effects import single_heads
+from .causal.matched_sets import matched_random
+from .causal.set_tests import AblationResult, ablation_test
 from .base.checks import check_in, check_int
 from spectral_nb.fingerprint.ratios import (
     SCORES,

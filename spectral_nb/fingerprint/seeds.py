@@ -17,14 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spectral_nb.causal.ablation import (
-    ablated_values,
-    evaluate,
-    head_list,
-    matched_random,
-    metric_interval,
-    single_heads,
-)
+from ..causal.ablation import ablated_values
+from ..causal.head_effects import single_heads
+from ..causal.matched_sets import head_list, matched_random
+from ..causal.metrics import evaluate, metric_interval
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_table
 from ..base.paths import data_dir
