@@ -7,10 +7,9 @@ __all__ = []
 
 # %% ../../nbs/dev/house.ipynb #house-002
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..base.paths import repo_root
+from ..base.sources import imported_modules, modules
 
 # %% ../../nbs/dev/house.ipynb #house-005
 SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture")
@@ -39,67 +38,6 @@ def layer_of(package: str) -> int:
         if package in names:
             return place
     raise KeyError(f"{package!r} stands in no layer of dev.house.LAYERS")
-
-# %% ../../nbs/dev/house.ipynb #house-007
-def package_dir() -> Path:
-    "Folder of the package in this checkout."
-    return repo_root() / "spectral_nb"
-
-
-def module_name(file: Path, package: Path | None = None) -> str:
-    "`attention.omega` of `spectral_nb/attention/omega.py`."
-    return ".".join(file.relative_to(package or package_dir()).with_suffix("").parts)
-
-
-def modules(package: Path | None = None) -> dict[str, Path]:
-    "All modules of the package by name; nbdev's index aside."
-    package = package or package_dir()
-    found = sorted(p for p in package.rglob("*.py") if p.name != "_modidx.py")
-    return {module_name(p, package): p for p in found}
-
-
-def _absolute(node: ast.ImportFrom, here: str) -> str:
-    "Dotted name inside the package that a `from` import names; empty for another package's."
-    if node.level == 0:
-        return (node.module or "").removeprefix("spectral_nb").lstrip(".") if _ours(node.module) else ""
-    base = here.split(".")[: -node.level]
-    return ".".join([*base, *([node.module] if node.module else [])])
-
-
-def _ours(name: str | None) -> bool:
-    return (name or "").split(".")[0] == "spectral_nb"
-
-
-def _targets(tree: ast.AST, here: str) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.level or _ours(node.module)):
-            home = _absolute(node, here)
-            yield from ((home, alias.name) for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from ((a.name.partition(".")[2], "") for a in node.names if _ours(a.name))
-
-
-def lazy_homes(known: dict[str, Path], start: str, name: str) -> list[str]:
-    "Modules from which a package's `__init__` fetches a name at first use; of all its names for `name=''`."
-    package = start.removesuffix("__init__")
-    for node in ast.walk(ast.parse(known[start].read_text())):
-        if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
-            homes = [package + m for m, names in ast.literal_eval(node.value).items() if not name or name in names]
-            inits = [f"{h}.__init__" for h in homes if f"{h}.__init__" in known]
-            return homes + inits + [m for i in inits for m in lazy_homes(known, i, name)]
-    return []
-
-
-def imported_modules(source: str, here: str = "", known: dict[str, Path] | None = None) -> set[str]:
-    "Modules of this package that a source imports, also inside functions; `here` is its own dotted name."
-    known, found = known if known is not None else modules(), set()
-    for home, name in _targets(ast.parse(source), here):
-        start = f"{home}.__init__".strip(".")
-        candidates = [f"{home}.{name}".strip("."), home, start]
-        if start in known:
-            candidates += lazy_homes(known, start, name)
-        found |= {c for c in candidates if c in known and c}
-    return found - {here}
 
 # %% ../../nbs/dev/house.ipynb #house-010
 def declared_all(file: Path) -> list[str]:

@@ -6,45 +6,21 @@
 __all__ = ['code_stamp', 'committed_stamp', 'render_notebook', 'write_readme', 'notebook_paths', 'main']
 
 # %% ../../nbs/dev/render.ipynb #21-002
-import argparse, ast, hashlib, os, re, subprocess, sys, tempfile
+import argparse, os, re, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 
-from .house import imported_modules, modules
+from ..base.sources import code_stamp as _stamp
 from ..base.files import atomic_path, read_table, write_table
 from ..base.paths import data_dir, repo_root
 
 # %% ../../nbs/dev/render.ipynb #21-005
-def _plain(source: str) -> str:
-    "Python source without comments and formatting; as it is where it does not parse (a cell with a magic)."
-    try:
-        return ast.unparse(ast.parse(source))
-    except SyntaxError:
-        return source
-
-
-def _code_cells(notebook: str | Path) -> list[str]:
-    cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
-    return [re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M) for c in cells]
-
-
 def code_stamp(notebook: str | Path, package: Path | None = None) -> str:
     "Hash over the notebook's code cells and every package module that they import, also through others."
-    known, sources = modules(package), _code_cells(notebook)
-    todo, seen = set().union(*(imported_modules(s, known=known) for s in sources), set()), {}
-    while todo:
-        module = todo.pop()
-        if module in seen:
-            continue
-        source = known[module].read_text()
-        seen[module] = _plain(source)
-        todo |= imported_modules(source, module, known)
-    digest = hashlib.sha256("\0".join(_plain(s) for s in sources).encode())
-    for module in sorted(seen):
-        digest.update(f"\0{module}\0{seen[module]}".encode())
-    return digest.hexdigest()[:16]
+    cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+    return _stamp([re.sub(r"^\s*[%!].*$", "", s, flags=re.M) for s in cells], package=package)
 
 
 def committed_stamp(notebook: str | Path) -> str | None:
