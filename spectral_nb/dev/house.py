@@ -9,7 +9,7 @@ __all__ = []
 import ast
 from pathlib import Path
 
-from ..base.sources import imported_modules, modules
+from ..base.sources import imported_modules, modules  # noqa: F401
 
 # %% ../../nbs/dev/house.ipynb #house-005
 SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture")
