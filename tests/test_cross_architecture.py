@@ -8,31 +8,24 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from spectral_nb.prompts.bigrams import natural_bigrams, repeated_bigram, synthetic_bigrams
 from spectral_nb.base.paths import reference_dir
-from spectral_nb.cross_architecture import (
-    CrossArchitectureConfig,
-    claims,
-    head_sets,
-    long_table,
-    survey_model,
-    survey_models,
-    usable_revisions,
-)
+from spectral_nb.base.long_tables import LONG_FIRST
+from spectral_nb.cross_architecture import CrossArchitectureConfig
 from spectral_nb.prompts.grammar import lexicon, story_tokenizer
 from spectral_nb.base.intervals import exact_p, wilson
 from spectral_nb.models.loading import from_hf
-from spectral_nb.survey.classes import CLASSES
-from spectral_nb.survey.verdicts import newcombe
-from spectral_nb.survey.rank import (
-    bos_drivers,
-    bos_floor,
+from spectral_nb.survey.findings import section_claims
+from spectral_nb.survey.model_survey import head_sets, survey_model, survey_models, survey_table, usable_revisions
+from spectral_nb.survey.rankings import (
     conserved_fraction,
-    emergence,
+    head_emergence,
     precision_at_k,
     ranking_table,
     strongest_head,
     with_classes,
 )
-from spectral_nb.survey.screen import control_sets, removal_curve, screen, screen_ablation
+from spectral_nb.survey.screens import control_sets, removal_curve, screen_ablation, screen_heads
+from spectral_nb.survey.sinks import bos_drivers, bos_floor, newcombe
+from spectral_nb.survey.targets import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +70,8 @@ def test_end_to_end(surveyed):
 
 
 def test_long_table(surveyed):
-    table = long_table([surveyed])
-    assert list(table.columns) == [
-        "model",
-        "revision",
-        "tokens",
-        "processing",
-        "batch",
-        "layer",
-        "head",
-        "metric",
-        "value",
-    ]
+    table = survey_table([surveyed])
+    assert list(table.columns[: len(LONG_FIRST)]) == list(LONG_FIRST)
     assert set(CLASSES) <= set(table["metric"]) and (table["metric"] == "participation_ratio").sum() == 24
     assert table["processing"].unique().tolist() == ["folded"]
     wide = table[(table["metric"] == "induction") & (table["batch"] == "synthetic")].set_index(["layer", "head"])[
@@ -99,7 +82,7 @@ def test_long_table(surveyed):
 
 
 def test_claims_say_when_they_cannot_be_asked(surveyed):
-    table = claims([surveyed]).set_index("claim")
+    table = section_claims([surveyed]).set_index("claim")
     assert table.loc["circuit size", "effect"] == 0 and not table.loc["circuit size", "holds"]
     assert table.loc["necessity", "note"] == "no head passes the screen" and pd.isna(table.loc["necessity", "holds"])
     assert table.loc["floor, synthetic", "holds"]
@@ -268,7 +251,7 @@ def test_ranking_precision_and_fraction():
     ] == pytest.approx(1 / 6)
     best = strongest_head(c)
     assert best["head"] == "L1H2" and best["rank_integral"] == 2 and best["rank_spread"] == 1
-    when = emergence(pr, [1e6, 1e7, 1e8, 1e9], c, level=2).set_index(["layer", "head"])["tokens"]
+    when = head_emergence(pr, [1e6, 1e7, 1e8, 1e9], c, level=2).set_index(["layer", "head"])["tokens"]
     assert when[0, 1] == 1e7 and when[1, 2] == 1e9 and np.isnan(when[0, 0])
     with pytest.raises(ValueError, match="not of the same model"):
         with_classes(ranking, survey.iloc[:4])
@@ -316,7 +299,7 @@ def test_screen_ablation_against_the_plain_test():
 
 def test_screen_and_sets(surveyed):
     survey = surveyed.survey.surveys["synthetic"]
-    assert screen(survey, threshold=0) and screen(survey, threshold=1e6) == []
+    assert screen_heads(survey, threshold=0) and screen_heads(survey, threshold=1e6) == []
     assert set(head_sets(surveyed.survey)) <= {"null", "integral"}
     curve = removal_curve(random_model(), synthetic_bigrams(random_model(), 12, vocabulary="all"), survey, max_heads=2)
     assert curve["m"].tolist() == [0, 1, 2] and curve["top1"][1] == curve["alone_top1"][1]

@@ -9,17 +9,10 @@ import pytest
 import torch
 from conftest import random_tokens, tiny_hf, zoo_names
 
-from spectral_nb.fingerprint.ratios import (
-    as_array,
-    codeword_readout,
-    false_positives,
-    finder_scores,
-    head_ratios,
-    key_attention,
-    rolling_gap,
-    trajectory,
-    weighted_gap,
-)
+from spectral_nb.fingerprint.mechanism import codeword_readout, finder_scores, key_attention
+from spectral_nb.fingerprint.ratios import as_array, false_positives, head_ratios, head_scores, ratio_trajectory
+from spectral_nb.fingerprint.ratios import null_scores
+from spectral_nb.fingerprint.weight_changes import rolling_gap, weighted_gap
 from spectral_nb.attention.participation import (
     HeadGrams,
     elbow,
@@ -30,9 +23,12 @@ from spectral_nb.attention.participation import (
     shuffled_positions,
     transition_step,
 )
-from spectral_nb.pr_fingerprint import FingerprintConfig, head_participation, pr_integral, pr_rise, pr_spread
-from spectral_nb.fingerprint.seed_stats import _auc, recurrence, replay_events, start_prediction
-from spectral_nb.fingerprint.seeds import ablation_conditions, load_seed_tables, tables_dir
+from spectral_nb.pr_fingerprint import FingerprintConfig
+from spectral_nb.attention.participation import head_participation, pr_integral, pr_rise, pr_spread
+from spectral_nb.fingerprint.seed_stats import _auc, recurrence, seed_false_positives, start_prediction
+from spectral_nb.fingerprint.seed_runs import ablation_conditions
+from spectral_nb.fingerprint.seed_timing import replay_events
+from spectral_nb.fingerprint.seeds import load_seed_tables, tables_dir
 from spectral_nb.attention.spectra import participation_ratio
 from spectral_nb.prompts.batches import PromptBatch
 
@@ -169,6 +165,20 @@ def test_trajectory_numbers_by_hand():
             pr_integral(pr, bad)
 
 
+def test_heads_and_nulls_are_integrated_over_the_same_tokens():
+    "A null that moves as the head does gets the head's score; step 0, which has seen nothing, is in neither."
+    made = [(s, 100 * s, 0, h, m, 1 + h + 0.1 * s) for s in (0, 1, 10, 100) for h in (0, 1) for m in ("pr", "pr_fixed")]
+    table = pd.DataFrame(made, columns=["step", "tokens", "layer", "head", "metric", "value"])
+    scores, nulls = head_scores(table), null_scores(table, "integral")
+    np.testing.assert_allclose(scores["integral"], nulls["fixed content"])
+    np.testing.assert_allclose(scores["integral"], pr_integral(as_array(table)[0], [0, 100, 1000, 10_000]))
+    np.testing.assert_allclose(scores["integral"], head_scores(table.drop(columns="tokens"))["integral"])
+    shares = seed_false_positives(table.assign(seed=1), "integral").set_index("null").share
+    assert shares["fixed content"] == 0.5 and set(shares.index) == {"fixed content", "untrained"}
+    with pytest.raises(ValueError, match="two token counts"):
+        head_scores(pd.concat([table, table.assign(tokens=table.tokens + 1)]))
+
+
 def test_elbow_and_ranks():
     scores = np.full((4, 8), 0.5) + np.linspace(0, 0.1, 32).reshape(4, 8)
     scores[[1, 2, 3], [5, 0, 7]] = [9, 8, 8.5]
@@ -202,8 +212,8 @@ def test_selectivity_of_a_planted_head(tiny_model):
 
 
 def test_readout_generalises_only_where_the_code_is_linear(tiny_model, monkeypatch):
-    "One head writes a linear image of the answer's unembedding, the others noise; answers of the test never occur in training."
-    import spectral_nb.fingerprint.ratios as fingerprint
+    "One head writes a linear image of the answer's unembedding, the others noise; no test answer occurs in training."
+    import spectral_nb.fingerprint.mechanism as fingerprint
 
     model, batch, noise = tiny_model("gpt2", "raw"), toy_batch(400), torch.Generator().manual_seed(0)
     train = dataclasses.replace(batch, answer=torch.arange(400) % 40 + 1)
@@ -310,7 +320,7 @@ def test_trajectory_of_a_shipped_model():
 
     revisions = list_revisions("story-gpt2-s42")
     batch = retrieval(story_tokenizer(), 80, seed=5)
-    table = trajectory("story-gpt2-s42", [revisions[0], revisions[-1]], batch, nulls=["fixed"])
+    table = ratio_trajectory("story-gpt2-s42", [revisions[0], revisions[-1]], batch, nulls=["fixed"])
     pr, steps = as_array(table)
     fixed = as_array(table, "pr_fixed")[0]
     assert steps[0] == 0 and pr[..., 0].max() < 1.5 and pr[..., -1].max() > 4
@@ -318,4 +328,4 @@ def test_trajectory_of_a_shipped_model():
     assert fixed[(*best, -1)] < 2  # what it carries is the codeword
     assert set(table.processing) == {"raw"} and table.tokens.max() > 0
     with pytest.raises(ValueError, match="revision"):
-        trajectory("story-gpt2-s42", ["step7"], batch)
+        ratio_trajectory("story-gpt2-s42", ["step7"], batch)

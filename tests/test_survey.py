@@ -1,4 +1,4 @@
-"""Planted heads score as what they are, and the streamed survey equals a direct computation from whole attention patterns."""
+"""Planted heads score as what they are; the streamed survey equals a direct computation from whole patterns."""
 
 import numpy as np
 import pytest
@@ -8,26 +8,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from spectral_nb.models.loading import from_hf
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.attention.spectra import participation_ratio
-from spectral_nb.survey.classes import (
-    CLASSES,
-    POSITION_CLASSES,
-    attention_rows,
-    by_kv_group,
-    capability_survey,
-    class_stability,
-    class_weights,
-    classify,
-    earlier_occurrence,
-    expert_participation,
-)
+from spectral_nb.survey.classes import by_kv_group, capability_survey, class_stability, classify
+from spectral_nb.survey.experts import expert_participation
+from spectral_nb.survey.streaming import attention_rows
+from spectral_nb.survey.targets import CLASSES, POSITION_CLASSES, class_weights, earlier_occurrence
 
 N_CTX, N_WORDS, D_HEAD = 48, 30, 64
 
 
 def planted_gpt2(gains=None):
-    """A GPT-2 whose heads are built by hand. The residual holds a token one-hot, a position one-hot, and a place for the previous token's one-hot.
+    """A GPT-2 whose heads are built by hand: the residual holds one-hots of token, position and previous token.
 
-    Layer 0: H0 previous token, H1 self, H2 first token, H3 local, H4 duplicate token, H5 nothing. Layer 1: H0 induction."""
+    Layer 0: H0 previous token, H1 self, H2 first token, H3 local, H4 duplicate token, H5 nothing.
+    Layer 1: H0 induction."""
     d, token, pos, prev = 6 * D_HEAD, 0, N_WORDS, N_WORDS + N_CTX
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=N_WORDS, n_positions=N_CTX, n_embd=d, n_layer=2, n_head=6, bos_token_id=0, eos_token_id=0)
@@ -54,7 +47,10 @@ def planted_gpt2(gains=None):
         return full
 
     words, places = torch.eye(N_WORDS), torch.eye(N_CTX)
-    shift = lambda k: torch.diag(torch.ones(N_CTX - k), -k) if k else places  # row p holds a one at p - k
+
+    def shift(k):
+        return torch.diag(torch.ones(N_CTX - k), -k) if k else places  # row p holds a one at p - k
+
     first = torch.zeros(N_CTX, N_CTX)
     first[:, 0] = 1
     copy = torch.zeros(D_HEAD, d)
@@ -132,7 +128,7 @@ def test_classes_do_not_depend_on_named_roles(planted, batch):
 
 
 def test_survey_against_whole_patterns(planted, batch):
-    "Every score by loops over the stored patterns, with as many random positions as there are, so that nothing is random."
+    "Every score by loops over the stored patterns, with all other positions, so that nothing is random."
     table = capability_survey(planted, batch, n_random=N_CTX)
     with torch.inference_mode():
         _, cache = planted.run_with_cache(batch.tokens)
@@ -205,9 +201,9 @@ def test_memory_does_not_grow_with_the_prompts(planted):
 
 
 def test_half_precision_rows_give_spurious_maxima_and_this_code_does_not():
-    """The previous-token head gives every other position 2.5e-8, the self head 3.4e-8: in float16 the first rounds to 0, the second up.
+    """The previous-token head gives others 2.5e-8, the self head 3.4e-8: float16 rounds the first to 0, the second up.
 
-    From float16 rows the first head's score is whatever floor was set for the divisor; from float32 rows of the same float16 weights it is right."""
+    From float16 rows the first head's score is whatever floor was set for the divisor; from float32 rows it is not."""
     gains = {(0, 0): 0.8526, (0, 1): 0.845}
     batch = bigrams(3)
     exact = capability_survey(from_hf(planted_gpt2(gains), processing="raw"), batch)
@@ -299,7 +295,7 @@ def test_expert_outputs_sum_to_the_block():
     assert len(table) == 8 and (table.groupby("layer")["n_routed"].sum() == 2 * len(batch)).all()
     with torch.inference_mode():
         _, cache = model.run_with_cache(batch.tokens)
-    from spectral_nb.survey.classes import _routed_outputs
+    from spectral_nb.survey.experts import _routed_outputs
 
     for layer in range(2):
         x = cache[f"blocks.{layer}.mlp.hook_in"][:, -1]

@@ -51,7 +51,7 @@ print(memory_mb() - before, time.perf_counter() - start)
 
 def keep_rows(model, batch, batch_size: int | None = None):
     "Every attention row of the query position of every prompt, kept and reduced at the end."
-    from spectral_nb.survey.classes import attention_rows
+    from spectral_nb.survey.streaming import attention_rows
 
     rows = [
         torch.stack([r[:, :, 0] for r in part])
@@ -61,7 +61,7 @@ def keep_rows(model, batch, batch_size: int | None = None):
 
 
 def memory(call: str, n: int) -> tuple[float, float]:
-    "(MiB by which the peak grew, seconds) of `capability_survey(model, batch)` or `keep_rows(model, batch)` in a process of its own."
+    "(MiB by which the peak grew, seconds) of a call such as `capability_survey(model, batch)` in its own process."
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _CHILD.format(n=n, call=call)], capture_output=True, text=True
     )
@@ -82,7 +82,7 @@ def _time_row(n_prompts: int, length: int, n_repeats: int) -> dict:
         lambda: capability_survey(model, batch),
         lambda: detect_all(model, batch),
         n_repeats,
-        note=f"{n_prompts} prompts, 32 heads; one forward pass takes {forward:.2f} s, detect_head makes three; 1 thread",
+        note=f"{n_prompts} prompts, 32 heads; a forward pass takes {forward:.2f} s, detect_head makes three; 1 thread",
     )
 
 
@@ -104,7 +104,7 @@ def benchmarks(
         [max(ours, 1)],
         [peer],
         unit="MiB",
-        note=f"{n_memory} prompts of 128 tokens, growth of the peak (below 1 counts as 1); {fast:.1f} s against {slow:.1f} s",
+        note=f"{n_memory} prompts of 128 tokens, growth of the peak (at least 1); {fast:.1f} s against {slow:.1f} s",
     )
     return pd.DataFrame([*rows, row])
 

@@ -152,7 +152,7 @@ def _seed_panel(ax, name: str, n_prompts: int):
     "One seed: ratios of all heads, picks and the carrying head in colour, accuracy dashed; returns the axes of the accuracy."
     from spectral_nb.causal.head_effects import single_heads
     from spectral_nb.causal.metrics import evaluate
-    from spectral_nb.fingerprint.ratios import as_array, trajectory
+    from spectral_nb.fingerprint.ratios import as_array, ratio_trajectory
     from spectral_nb.models.loading import load_model
     from spectral_nb.models.revisions import list_revisions
     from spectral_nb.attention.participation import pick_heads, pr_spread
@@ -160,7 +160,7 @@ def _seed_panel(ax, name: str, n_prompts: int):
     from spectral_nb.prompts.tasks import make_batch
 
     screen, held = (make_batch("retrieval", load_model(name), n_prompts, seed=s) for s in (11, 12))
-    ratios, steps = as_array(trajectory(name, list_revisions(name), screen, nulls=()))
+    ratios, steps = as_array(ratio_trajectory(name, list_revisions(name), screen, nulls=()))
     accuracy = [evaluate(load_model(name, r), held).mean() for r in list_revisions(name)]
     lost = single_heads(load_model(name), held, "accuracy").sort_values("effect").iloc[-1]
     carrier, picks = (int(lost.layer), int(lost["head"])), pick_heads(pr_spread(ratios))
