@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import time
 
 import numpy as np
@@ -10,7 +12,10 @@ import pytest
 import torch
 from conftest import horizontal_overflow
 
-from spectral_nb.views.circuits import circuit_data, circuit_page, layout, main
+from spectral_nb.base.paths import repo_root
+from spectral_nb.views.circuit_layout import layout
+from spectral_nb.views.circuit_tables import circuit_data
+from spectral_nb.views.circuits import circuit_page, main
 from spectral_nb.models.planted_circuits import planted
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.tracing.graphs import read_graph, trace_graph
@@ -174,6 +179,28 @@ def test_refusals_leave_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+ASSETS = sorted((repo_root() / "spectral_nb" / "views" / "assets").iterdir())
+
+
+@pytest.mark.parametrize("script", [p for p in ASSETS if p.suffix == ".js"], ids=lambda p: p.name)
+def test_scripts_parse(script, tmp_path):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed: the syntax of the scripts is not checked")
+    assert subprocess.run([node, "--check", script], capture_output=True, text=True).stderr == ""
+    broken = tmp_path / "broken.js"
+    broken.write_text(script.read_text() + "\nfunction (")
+    assert subprocess.run([node, "--check", broken], capture_output=True).returncode != 0  # the check can fail
+
+
+def test_every_asset_is_used_and_packed():
+    notebooks = "".join(p.read_text() for p in (repo_root() / "nbs").rglob("*.ipynb"))
+    suffixes = {p.suffix for p in ASSETS}
+    assert ASSETS and all(p.name in notebooks for p in ASSETS)
+    manifest = (repo_root() / "MANIFEST.in").read_text()
+    assert all("recursive-include spectral_nb" in manifest and f"*{s}" in manifest for s in suffixes)
+
+
 def test_the_command(tmp_path, capsys):
     from spectral_nb.models.revisions import list_models
 
@@ -244,7 +271,8 @@ def test_click_on_an_edge_shows_its_prompts(small, open_page):
     )
     b.execute_script("circuit.network.redraw()")
     x, y = b.execute_script(
-        "const p = circuit.network.body.edges.e0.edgeType.getPoint(0.5), d = circuit.network.canvasToDOM(p); return [d.x, d.y]"
+        "const p = circuit.network.body.edges.e0.edgeType.getPoint(0.5);"
+        "const d = circuit.network.canvasToDOM(p); return [d.x, d.y]"
     )
     graph = b.find_element("id", "graph")
     ActionChains(b).move_to_element_with_offset(
@@ -292,7 +320,8 @@ def test_hover_says_contribution_slices_firings_and_effects(small, open_page):
     ):
         assert words in text
     x, y = b.execute_script(
-        "const n = circuit.data.nodes.find(n => n.known), d = circuit.network.canvasToDOM({x: n.x, y: n.y}); return [d.x, d.y]"
+        "const n = circuit.data.nodes.find(n => n.known);"
+        "const d = circuit.network.canvasToDOM({x: n.x, y: n.y}); return [d.x, d.y]"
     )
     graph = b.find_element("id", "graph")
     ActionChains(b).move_to_element_with_offset(

@@ -11,18 +11,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "attention": [
-            "attention_page",
-            "circuitsvis_script",
-            "main",
-            "plot_pattern",
-            "plot_slice_terms",
-            "rank_slices",
-            "slice_maps",
-        ],
-        "circuit_script": ["BODY", "SCRIPT", "STYLE", "vis_network"],
-        "circuits": ["circuit_data", "circuit_page", "layout"],
-        "pages": ["BASE_STYLE", "embedded_json", "token_texts", "write_page"],
+        "attention": ["attention_page", "plot_pattern", "plot_slice_terms", "slice_maps"],
+        "circuits": ["circuit_page"],
         "sweep_report": [
             "NUMERIC_AXES",
             "SweepData",
