@@ -334,13 +334,13 @@ def test_other_rules():
         select_slices(torch.zeros(3, 0))
 
 
-# ---------------------------------------------------------------- what the definition of Omega implies (Lemma 1's ground)
+# ---------------------------------------------------------------- what the definition of Omega implies
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 9999))
 def test_slices_are_orthogonal_and_each_is_the_best_rank_one_part(seed):
-    "Slices are orthogonal matrices whose partial sums are the best approximations (Eckart and Young); scores add up over them."
+    "Slices are orthogonal, their partial sums the best approximations (Eckart and Young); scores add up over them."
     draw = torch.Generator().manual_seed(seed)
     left, right = (torch.randn(9, 4, generator=draw, dtype=torch.float64) for _ in range(2))
     U, S, Vh = factored_svd(left, right)

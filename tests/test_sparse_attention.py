@@ -10,6 +10,12 @@ from torch.testing import assert_close
 from spectral_nb.attention import slices as sl
 from spectral_nb.attention import origins as so
 from spectral_nb import sparse_attention as sa
+from spectral_nb.attention import development as dv
+from spectral_nb.attention import reading_heads as rh
+from spectral_nb.attention import sparsity as sp
+from spectral_nb.attention.sparsity_claims import claims
+from spectral_nb.base.long_tables import long_table
+from spectral_nb.models.records import model_info
 from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import firings
 from spectral_nb.attention.selection import select_slices
@@ -132,7 +138,10 @@ def test_non_firings_do_not_fire_and_are_as_many(made):
     quiet = sl.non_firings(data.acts, data.pairs, 0.5, seed=1)
     assert (data.acts.pattern[quiet.layer, quiet.prompt, quiet.head, quiet.q_pos, quiet.k_pos] < 0.5).all()
     assert (quiet.k_pos > 0).all() and (quiet.k_pos <= quiet.q_pos).all()
-    counts = lambda p: torch.stack([p.layer, p.head], 1).unique(dim=0, return_counts=True)  # noqa: E731
+
+    def counts(p):
+        return torch.stack([p.layer, p.head], 1).unique(dim=0, return_counts=True)
+
     for a, b in zip(counts(quiet), counts(data.pairs), strict=True):
         assert (a <= b).all()
 
@@ -180,7 +189,7 @@ def test_dates():
     assert so.date(table, "overlap", 0.2) == dict(tokens=10, before=0, revision="b")
     assert np.isnan(so.date(table, "overlap", 0.95)["tokens"])
     overlaps = table.assign(label="ioi L1H0", overlap=[0.1, 0.6, 0.7, 1.0])
-    dated = sa.dates(table.assign(task="ioi"), overlaps)
+    dated = dv.dates(table.assign(task="ioi"), overlaps)
     assert dated["head"].tolist() == ["L1H0"]
     assert dated.lead.tolist() == [20] and dated.low.tolist() == [10] and dated.high.tolist() == [30]
 
@@ -199,16 +208,15 @@ def test_consensus_needs_a_share_and_a_number():
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_task_from_end_to_end(made, architecture):
     model, batch, _ = made(architecture)
-    cfg = sa.SparseAttentionConfig(n_draws=2, n_prompts=12)
-    m = sa.measure_task(model, batch, cfg)
+    m = sp.measure_task(model, batch, sp.SliceOptions(n_draws=2))
     assert m.table.untrained_slices.isna().all() and (m.table.random_slices >= 1).all()
-    table = sa.long_table(model, [m])
+    table = long_table(sp.task_numbers(m), model_info(model))
     assert {"model", "revision", "tokens", "processing", "task", "layer", "head", "metric", "value"} <= set(
         table.columns
     )
     assert {"n_opposing", "mass_opposing", "mass_building", "jaccard_within"} <= set(table.metric)
     assert not table.duplicated(["task", "layer", "head", "metric"]).any()
-    found = sa.claims(model, [m])
+    found = claims(model, [m])
     assert (
         len(found)
         and found.effect.notna().all()
@@ -219,12 +227,12 @@ def test_a_task_from_end_to_end(made, architecture):
 
 def test_a_task_without_firings_is_an_empty_row_not_an_error(made):
     model, batch, _ = made("gpt2")
-    m = sa.measure_task(model, batch, sa.SparseAttentionConfig(threshold=1.0, n_draws=2))
+    m = sp.measure_task(model, batch, sp.SliceOptions(threshold=1.0, n_draws=2))
     assert len(m.data) == 0 and "n_slices" in m.table.columns and len(m.table) == 0
-    table = sa.long_table(model, [m])
+    table = long_table(sp.task_numbers(m), model_info(model))
     assert table[table.metric == "n_firings"].value.tolist() == [0]
-    assert sa.reading_head(m) is None and len(sa.claims(model, [m])) == 0
-    assert len(sa.control_table([m])) == 0
+    assert rh.reading_head(m) is None and len(claims(model, [m])) == 0
+    assert len(sp.control_table([m])) == 0
 
 
 @pytest.mark.parametrize(
@@ -252,7 +260,8 @@ def test_wrong_types_are_refused():
 
 
 def test_contract_names():
-    assert sa.select_slices is select_slices and "select_slices" in sa.__all__
+    assert sa.select_slices is select_slices
+    assert set(sa.__all__) == {"SparseAttentionConfig", "measure", "run"}
     assert sa.select_slices(np.array([[5.0, 3, -1, -2, -2]])).sum() == 1
 
 
@@ -266,8 +275,8 @@ def test_run_on_the_shipped_model_is_repeatable():
 
 
 def test_development_is_empty_without_checkpoints(reference):
-    cfg = sa.SparseAttentionConfig(model_name=str(reference / "stories260k"), tasks="ioi")
-    numbers, overlaps = sa.development(cfg, [])
+    name = str(reference / "stories260k")
+    numbers, overlaps = dv.development(name, [], lambda model: [], lambda model, batch: 0.0)
     assert len(numbers) == 0 and len(overlaps) == 0
 
 

@@ -30,7 +30,7 @@ from .spectra import subspace_overlap
 def upstream_contributions(model: Any, tokens: Any, data: SliceData, layer: int) -> tuple[list[str], Tensor]:
     """Labels of the components before `layer`, and their contributions `[set, side, n, component]` (equation 8).
 
-    Set 0 is S_ij and 1 all slices; side 0 is the destination token and 1 the source; n are the layer's pairs in `data`."""
+    Set 0 is S_ij, 1 all slices; side 0 is the destination token, 1 the source; n are the layer's pairs in `data`."""
     at = (data.pairs.layer == layer).nonzero().squeeze(1)
     pairs, sign = data.pairs[at], torch.where(data.a[at] < 0, -1.0, 1.0)
     parts = component_outputs(model, tokens, layer)

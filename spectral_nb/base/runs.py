@@ -12,6 +12,7 @@ import json
 import os
 import random
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 

@@ -97,7 +97,7 @@ def _slice_row(model, n_repeats: int, n_prompts: int, n_loop: int = 20) -> dict:
         lambda: loop_slices(acts, svd, few),
         n_repeats,
         scale=len(pairs) / n_loop,
-        note=f"{len(pairs)} firings of {n_prompts} prompts, decomposition given to both; loop timed on {n_loop} of them; "
+        note=f"{len(pairs)} firings of {n_prompts} prompts, same decomposition; loop timed on {n_loop} of them; "
         f"peak memory of slice_terms {memory:.0f} MiB; {torch.get_num_threads()} threads",
     )
 
