@@ -18,7 +18,8 @@ from spectral_nb.views.circuit_tables import circuit_data
 from spectral_nb.views.circuits import circuit_page, main
 from spectral_nb.models.planted_circuits import planted
 from spectral_nb.prompts.batches import PromptBatch
-from spectral_nb.tracing.graphs import read_graph, trace_graph
+from spectral_nb.tracing.graph_files import read_graph
+from spectral_nb.tracing.graphs import trace_graph
 from spectral_nb.tracing.recursion import trace
 
 NASTY = "</script><img src=x onerror=document.title='broken'>"

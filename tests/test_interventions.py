@@ -12,20 +12,15 @@ from spectral_nb.causal.reached import replaced_forwards
 from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import Pairs
 from spectral_nb.attention.terms import slice_terms, slice_vectors
-from spectral_nb.tracing.interventions import (
-    KINDS,
-    additivity,
-    edge_interventions,
-    edge_sets,
-    edge_vectors,
-    random_slices,
-    set_interventions,
-)
+from spectral_nb.tracing.interventions import INTERVENTIONS, edge_interventions
+from spectral_nb.tracing.projections import edge_vectors, random_slices
+from spectral_nb.tracing.sets import additivity, edge_sets, set_interventions
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.heads import head_weights
 from spectral_nb.models.loading import from_hf
 from spectral_nb.models.planted_circuits import planted
-from spectral_nb.tracing.recursion import TraceOptions, trace
+from spectral_nb.tracing.options import TraceOptions
+from spectral_nb.tracing.recursion import trace
 
 
 def expanded(architecture: str):
@@ -92,7 +87,7 @@ def test_interventions_equal_one_pass_per_edge(architecture):
     batch, edges = traced(model)
     assert len(edges) > 5
     table = edge_interventions(model, batch, edges, batch_size=16)
-    for action, scope, slices in KINDS:
+    for action, scope, slices in INTERVENTIONS:
         if slices == "random":
             continue
         mine = table[(table["action"] == action) & (table["scope"] == scope) & (table["slices"] == slices)]
@@ -157,7 +152,7 @@ def test_batch_size_changes_nothing():
     model = peaked("gpt2")
     batch, edges = traced(model)
     keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream", "action", "scope"]
-    kinds = [k for k in KINDS if k[2] == "traced"]
+    kinds = [k for k in INTERVENTIONS if k[2] == "traced"]
     one, two = (
         edge_interventions(model, batch, edges, kinds=kinds, batch_size=b).sort_values(keys)["effect"].to_numpy()
         for b in (2, 500)

@@ -11,27 +11,14 @@ from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.heads import apply_rotation, head_weights, rotation
 from spectral_nb.models.planted_circuits import PLANTED, planted
 from spectral_nb.prompts.batches import PromptBatch
-from spectral_nb.tracing.graphs import (
-    communication_edges,
-    draw_graph,
-    filter_graph,
-    graph_heads,
-    known_heads,
-    precision_recall,
-    read_graph,
-    skeleton,
-    trace_graph,
-    write_graph,
-)
-from spectral_nb.tracing.recursion import (
-    TraceOptions,
-    all_outputs,
-    contributions,
-    find_roots,
-    logit_attribution,
-    trace,
-    trace_tables,
-)
+from spectral_nb.tracing.drawing import draw_graph
+from spectral_nb.tracing.graph_files import read_graph, write_graph
+from spectral_nb.tracing.graph_scores import graph_heads, known_heads, precision_recall, skeleton
+from spectral_nb.tracing.graphs import communication_edges, filter_graph, trace_graph
+from spectral_nb.tracing.options import TraceOptions
+from spectral_nb.tracing.recursion import trace, trace_tables
+from spectral_nb.tracing.roots import find_roots, logit_attribution
+from spectral_nb.tracing.upstream import all_outputs, contributions
 
 ROLES = ("end", "third")
 
@@ -67,7 +54,7 @@ def peaked(architecture: str, n_layers: int = 2, seed: int = 0):
 
 
 class Literal:
-    "Algorithm 1 by its definition: float64, a dense SVD for each head and offset, a loop for each pair, slice and head, recursion with a set of places seen."
+    "Algorithm 1 by its definition: float64, dense SVDs, a loop for each pair, slice and head, recursion."
 
     def __init__(self, model, batch, threshold=0.5, share=0.7):
         self.spec, self.threshold, self.share = ArchSpec.from_model(model), threshold, share
@@ -122,7 +109,8 @@ class Literal:
                 break
         return [(k, 1.0 if xi @ U[:, k] >= 0 else -1.0) for k in chosen], U, S, V
 
-    def contribution(self, b, layer, head, t, which, up_layer, up_head, slices, vectors, S):
+    def contribution(self, place, which, up, slices, vectors, S):
+        (b, layer, head, t), (up_layer, up_head) = place, up
         o = self.value("attn.hook_z", up_layer)[b, t, up_head] @ self.weights[up_layer].W_O[up_head].double().numpy()
         if "layernorm" in self.spec.norm:
             o = o - o.mean()
@@ -146,7 +134,7 @@ class Literal:
         for token, t, vectors in (("destination", i, U), ("source", j, V)):
             found = {
                 (ul, uh): self.contribution(
-                    b, layer, head, t, "q" if token == "destination" else "k", ul, uh, slices, vectors, S
+                    (b, layer, head, t), "q" if token == "destination" else "k", (ul, uh), slices, vectors, S
                 )
                 for ul in range(layer)
                 for uh in range(self.spec.n_heads)
@@ -248,7 +236,7 @@ def test_all_components_sum_to_the_signal(tiny_model):
     "Contributions of heads, MLPs, embeddings and biases, with the appended 1, are the signal: 1e-4."
     from spectral_nb.attention.activations import capture
     from spectral_nb.attention.pairs import firings
-    from spectral_nb.tracing.recursion import reading_vectors
+    from spectral_nb.tracing.reading import reading_vectors
 
     for architecture in ("gpt2", "gpt_neox", "llama", "olmoe"):
         model = tiny_model(architecture)
@@ -300,7 +288,7 @@ def test_gathering_or_not_is_the_same(monkeypatch):
     o, w, t = torch.randn(7, 11, 5), torch.randn(40, 5), torch.randint(0, 11, (40,))
     gathered = contributions(o, t, w)
     torch.testing.assert_close(gathered, torch.stack([o[:, i] @ v for i, v in zip(t.tolist(), w, strict=True)]))
-    monkeypatch.setattr("spectral_nb.tracing.recursion._GATHER", 0)
+    monkeypatch.setattr("spectral_nb.tracing.upstream._GATHER", 0)
     torch.testing.assert_close(contributions(o, t, w), gathered)
 
 
@@ -392,7 +380,9 @@ def test_the_papers_experiment_but_for_the_weights(reference, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from spectral_nb.models.loading import from_hf
-    from spectral_nb.svt import IOI_CIRCUIT, SvtConfig, analyse, beside_published, long_table
+    from spectral_nb.svt import SvtConfig, measure
+    from spectral_nb.tracing.effects import edge_table
+    from spectral_nb.tracing.published import IOI_CIRCUIT, beside_published
 
     torch.manual_seed(0)
     hf = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=12, n_head=12, n_positions=64))
@@ -405,31 +395,37 @@ def test_the_papers_experiment_but_for_the_weights(reference, tmp_path):
     assert (batch.tokens[:, 0] != model.tokenizer.bos_token_id).all() and {"IO", "S1", "S2", "end"} <= set(
         batch.positions
     )
-    result = analyse(cfg, model)
+    result = measure(cfg, model)
     assert set(result.roots) <= {(9, 6), (9, 9), (10, 0)} and len(result.edges)
     assert (
         result.firings.loc[result.firings["root"], "k_pos"].to_numpy()
         == batch.at("IO").numpy()[result.firings.loc[result.firings["root"], "prompt"]]
     ).all()
-    table = beside_published(result).set_index("quantity")
+    bones = skeleton(result.graph, result.config.skeleton_count)
+    table = beside_published(bones, result.firings, result.interventions, IOI_CIRCUIT).set_index("quantity")
     assert (
         table.loc["possible", ["ours", "published"]].tolist() == ["16", "16"]
         and sum(map(len, IOI_CIRCUIT.values())) == 16
     )
-    assert {"edge_count", "ablate_local_traced_effect", "median_slices"} <= set(long_table(result)["metric"])
+    assert {"edge_count", "ablate_local_traced_effect", "median_slices"} <= set(
+        edge_table(result.graph, result.effects, result.firings)["metric"]
+    )
 
 
 def test_section_on_planted_weights():
-    from spectral_nb.svt import SvtConfig, _untraced, claims, edge_effects, edge_interventions, long_table, traced_heads
+    from spectral_nb.svt import SvtConfig, _untraced, edge_interventions
+    from spectral_nb.tracing.edge_statements import edge_claims
+    from spectral_nb.tracing.effects import edge_effects, edge_table
     from spectral_nb.models.records import model_info
 
     p = planted("inhibition", 6)
     edges = trace(p.model, p.batch, p.roots)
     effects = edge_effects(edge_interventions(p.model, p.batch, edges))
     assert (effects["n"] == 6).all() and len(effects) == 16
-    assert traced_heads(trace_graph(edges), 6) == [(0, 1), (1, 0), (2, 1)]
+    assert sorted(graph_heads(skeleton(trace_graph(edges), 6))) == [(0, 1), (1, 0), (2, 1)]
     empty = _untraced(SvtConfig().resolved(), model_info(p.model), "none")
-    assert len(long_table(empty)) == len(claims(empty)) == 0
+    assert len(edge_table(empty.graph, empty.effects, empty.firings)) == 0
+    assert len(edge_claims(empty.effects, empty.interventions, empty.firings, empty.sets)) == 0
 
 
 def test_contract_names_and_config():
@@ -437,8 +433,8 @@ def test_contract_names_and_config():
 
     from spectral_nb import svt
 
-    for name in ("trace", "trace_graph", "precision_recall", "edge_interventions"):
-        assert name in svt.__all__
+    for name in ("trace", "trace_graph", "precision_recall", "edge_interventions", "measure", "run"):
+        assert callable(getattr(svt, name))
     assert list(inspect.signature(svt.trace).parameters)[:3] == ["model", "batch", "roots"]
     assert list(inspect.signature(svt.trace_graph).parameters)[:2] == ["edges", "min_count"]
     assert list(inspect.signature(svt.edge_interventions).parameters)[:3] == ["model", "batch", "edges"]

@@ -18,7 +18,8 @@ from ..attention.pairs import firings
 from ..base.checks import check_int
 from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
-from ..tracing.interventions import KINDS, edge_interventions, edge_vectors
+from ..tracing.interventions import INTERVENTIONS, edge_interventions
+from ..tracing.projections import edge_vectors
 from ..models.heads import head_weights
 from spectral_nb.dev.timing import (
     compare,
@@ -209,11 +210,14 @@ def intervention_row(name: str, model, n_repeats: int = 3, n_edges: int = 100) -
     batch = random_prompts(16, 20, shortest=14)
     edges = trace(model, batch, _roots(model, batch))
     edges = edges.iloc[np.linspace(0, len(edges) - 1, min(n_edges, len(edges))).astype(int)].reset_index(drop=True)
-    note = f"{len(edges)} edges, {len(KINDS)} kinds, {len(edges) * len(KINDS)} interventions; {torch.get_num_threads()} threads"
+    n_kinds = len(INTERVENTIONS)
+    note = (
+        f"{len(edges)} edges, {n_kinds} kinds, {len(edges) * n_kinds} interventions; {torch.get_num_threads()} threads"
+    )
     return compare(
         f"interventions / one pass an edge and kind ({name})",
         lambda: edge_interventions(model, batch, edges),
-        lambda: _unbatched(model, batch, edges, KINDS),
+        lambda: _unbatched(model, batch, edges, INTERVENTIONS),
         n_repeats,
         note=note,
     )
