@@ -12,7 +12,8 @@ from spectral_nb.causal.reached import replaced_forwards
 from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import Pairs
 from spectral_nb.attention.terms import slice_terms, slice_vectors
-from spectral_nb.tracing.interventions import INTERVENTIONS, edge_interventions
+from spectral_nb.tracing.interventions import edge_interventions
+from spectral_nb.tracing.projections import INTERVENTIONS
 from spectral_nb.tracing.projections import edge_vectors, random_slices
 from spectral_nb.tracing.sets import additivity, edge_sets, set_interventions
 from spectral_nb.models.architectures import ArchSpec

@@ -18,7 +18,8 @@ from ..attention.pairs import firings
 from ..base.checks import check_int
 from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
-from ..tracing.interventions import INTERVENTIONS, edge_interventions
+from ..tracing.interventions import edge_interventions
+from ..tracing.projections import INTERVENTIONS
 from ..tracing.projections import edge_vectors
 from ..models.heads import head_weights
 from spectral_nb.dev.timing import (

@@ -14,7 +14,10 @@ import numpy as np
 import pandas as pd
 
 from spectral_nb.base.checks import check_int
-from spectral_nb.tracing.graphs import check_edges, known_heads as parse_known, placed_edges, trace_graph
+from spectral_nb.tracing.drawing import placed_edges
+from spectral_nb.tracing.edge_tables import check_edges
+from spectral_nb.tracing.graph_scores import known_heads as parse_known
+from spectral_nb.tracing.graphs import trace_graph
 from spectral_nb.views.circuit_layout import layout, role_order
 from spectral_nb.views.pages import token_texts
 
