@@ -7,22 +7,24 @@ import pytest
 from bs4 import BeautifulSoup
 from conftest import horizontal_overflow
 from test_circuit_page import wait_for
-from test_house import NOTEBOOKS, ORDER
-
-from spectral_nb.dev.website import broken_links, build_site, math_to_mathml, notebook_page
+from spectral_nb.base.sources import modules
+from spectral_nb.dev.house import declared_all, notebooks
+from spectral_nb.dev.site_pages import math_to_mathml, notebook_page
+from spectral_nb.dev.website import broken_links, build_site
 
 PAGES = [
     "index.html",
-    "03_circuits.html",
     "10_norm_growth.html",
     "11_sparse_attention.html",
     "12_svt.html",
     "13_pr_fingerprint.html",
     "14_cross_architecture.html",
-    "16_circuit_page.html",
-    "17_attention_views.html",
-    "api/circuits.html",
-    "api/tasks.html",
+    "attention/omega.html",
+    "base/index.html",
+    "views/circuits.html",
+    "views/attention.html",
+    "api/attention.omega.html",
+    "api/prompts.tasks.html",
 ]
 
 
@@ -30,8 +32,8 @@ PAGES = [
 def drawn():
     "Notebooks with a figure, as they were when the site was built."
     return [
-        p
-        for p in NOTEBOOKS
+        name
+        for name, p in notebooks().items()
         if any(o.get("data", {}).get("image/png") for c in nbformat.read(p, 4).cells for o in c.get("outputs", []))
     ]
 
@@ -47,12 +49,13 @@ def pages(site):
 
 
 def test_every_notebook_and_module_has_a_page(pages):
-    wanted = (
-        {f"{p.stem}.html" for p in NOTEBOOKS} - {"index.html"}
-        | {f"api/{m}.html" for m in ORDER if m != "__init__"}
-        | {"index.html"}
-    )
-    assert wanted <= set(pages)
+    public = {f"api/{m}.html" for m, file in modules().items() if declared_all(file)}
+    assert len(public) > 20
+    assert {f"{name}.html" for name in notebooks()} | public <= set(pages)
+
+
+def test_the_pages_looked_at_exist(pages):
+    assert set(PAGES) <= set(pages)
 
 
 def test_no_link_is_broken(site):
@@ -95,7 +98,7 @@ def test_figures_are_files_with_sizes(pages, site, drawn):
     images = [(name, i["src"]) for name, page in pages.items() for i in (page.find("article") or page).find_all("img")]
     for name, src in images:
         assert ((site / name).parent / src).stat().st_size > 500
-    assert {f"{p.stem}.html" for p in drawn} - {"index.html"} <= {name for name, _ in images}
+    assert {f"{name}.html" for name in drawn} - {"index.html"} <= {name for name, _ in images}
 
 
 def test_search_works_from_disk(site, open_page):
@@ -114,8 +117,6 @@ def test_search_works_from_disk(site, open_page):
 def test_pages_fit_the_window(site, open_page, width):
     wrong = {}
     for page in PAGES:
-        if not (site / page).is_file():
-            continue
         b = open_page(site / page, width, 850)
         if found := [f for f in horizontal_overflow(b)]:
             wrong[page] = found[:3]
@@ -134,7 +135,7 @@ def test_code_is_not_taken_for_a_formula():
 def test_a_notebook_without_outputs_or_title_still_builds(tmp_path):
     nb = nbformat.v4.new_notebook(
         cells=[
-            nbformat.v4.new_markdown_cell("text, [other](../nbs/base.ipynb)"),
+            nbformat.v4.new_markdown_cell("text, [other](../base/paths.ipynb)"),
             nbformat.v4.new_code_cell("#| export\nx = 1"),
             nbformat.v4.new_code_cell("#| hide\nsecret = 2"),
             nbformat.v4.new_code_cell(
@@ -143,9 +144,9 @@ def test_a_notebook_without_outputs_or_title_still_builds(tmp_path):
         ]
     )
     nbformat.write(nb, tmp_path / "01_x.ipynb")
-    assert notebook_page(tmp_path / "01_x.ipynb", tmp_path) == "Untitled"
-    text = (tmp_path / "01_x.md").read_text()
-    assert "(00_core.md)" in text and "x = 1" in text and "#|" not in text and "secret" not in text
+    assert notebook_page(tmp_path / "01_x.ipynb", "a/x", tmp_path) == "Untitled"
+    text = (tmp_path / "a" / "x.md").read_text()
+    assert "(../base/paths.md)" in text and "x = 1" in text and "#|" not in text and "secret" not in text
     assert "only_shown" not in text and "shown" in text
 
 
