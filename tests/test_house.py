@@ -1,9 +1,11 @@
-"The house rules: layering, notebook tags, sizes, the lazy top level, and that a papermill override really changes a result."
+"The house rules: layers, homes of names, sizes, notebook tags, the lazy top level, and that an override changes a result."
 
 import ast
+import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,65 +13,183 @@ import nbformat
 import pytest
 
 from spectral_nb.base.paths import repo_root
+from spectral_nb.dev import house
 
 ROOT = repo_root()
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-SECTIONS = [p for p in NOTEBOOKS if re.match(r"1[0-4]_", p.name)]
+NOTEBOOKS = house.notebooks()
+SECTIONS = [p for name, p in NOTEBOOKS.items() if re.match(r"1\d_", name)]
+MODULES = house.modules()
+INITS = {m for m in MODULES if m.split(".")[-1] == "__init__"}
+REPEATED = {"measure", "run"}  # every section has its own
 
 
-def module_of(notebook) -> str | None:
-    for cell in nbformat.read(notebook, 4).cells:
-        if m := re.search(r"^#\|\s*default_exp\s+(\S+)", cell.source, re.M):
-            return m[1]
-    return None
+def package_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-ORDER = {module_of(p): i for i, p in enumerate(NOTEBOOKS) if module_of(p)}
-SECTION_MODULES = {module_of(p) for p in SECTIONS}
+def import_faults(module: str, source: str, known=MODULES) -> list[str]:
+    "What a module imports against the layers; a package's `__init__` may name its own modules, the top level all."
+    faults, mine = [], package_of(module)
+    for other in sorted(house.imported_modules(source, module, known)):
+        theirs = package_of(other)
+        if theirs == mine or theirs == "__init__" or module == "__init__":
+            continue
+        if theirs in house.ALIASES:
+            faults.append(f"{module} imports the alias {other}: take the name from its home")
+        elif module not in house.ALIASES and house.layer_of(theirs) >= house.layer_of(mine):
+            faults.append(f"{module} imports {other}, which stands in no lower layer")
+    return faults
 
 
-def imported_modules(path) -> set[str]:
-    "Modules of this package that a file imports, also inside functions; the lazy top level has none."
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("spectral_nb."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("spectral_nb.")}
-    return found
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_lower_layers(module):
+    assert import_faults(module, MODULES[module].read_text()) == []
 
 
-@pytest.mark.parametrize("module", sorted(ORDER))
-def test_a_module_imports_only_lower_ones(module):
-    for other in imported_modules(ROOT / "spectral_nb" / f"{module}.py"):
-        assert other in ORDER, f"{module} imports {other}, which no notebook exports"
-        assert ORDER[other] < ORDER[module], f"{module} imports {other}, whose notebook comes later"
-        assert not (module in SECTION_MODULES and other in SECTION_MODULES), f"section {module} imports section {other}"
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from ..svt import measure",  # relative
+        "import spectral_nb.sweeps.command",  # absolute
+        "def f():\n    from spectral_nb.tracing.graphs import trace_graph",  # nested
+        "from ..causal import ablate_heads",  # lazy, through the package
+        "from .. import load_results",  # lazy, through the top level
+        "from spectral_nb.spectra import factored_svd",  # through an old name
+    ],
+)
+def test_the_rule_of_layers_can_fail(source):
+    assert import_faults("prompts.tasks", source)
+    assert not import_faults("prompts.tasks", "from ..base.paths import data_dir\nfrom .batches import PromptBatch")
 
 
-def test_layering_sees_an_upward_import(tmp_path):
-    "The rule above can fail: relative, absolute and nested imports are all seen."
-    file = tmp_path / "x.py"
-    file.write_text(
-        "from .svt import trace\nimport spectral_nb.sweeps.command\ndef f():\n    from spectral_nb.causal.ablation import wilson\n"
-    )
-    assert imported_modules(file) == {"svt", "sweeps", "causal"}
+def test_a_section_imports_no_other_section():
+    assert import_faults("svt", "from .norm_growth import measure")
+    assert house.layer_of("svt") == house.layer_of("norm_growth")
 
 
-def test_every_module_comes_from_a_notebook():
-    written = {p.stem for p in (ROOT / "spectral_nb").glob("*.py")} - {"_modidx"}
-    assert written == set(ORDER)
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    "A path of imports that returns to its start, or nothing."
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node not in done:
+            for other in sorted(graph.get(node, ())):
+                if found := visit(other, [*path, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for start in sorted(graph) if (found := visit(start, []))), [])
 
 
-@pytest.mark.parametrize("module", sorted(ORDER))
-def test_modules_and_functions_stay_short(module):
-    text = (ROOT / "spectral_nb" / f"{module}.py").read_text()
-    assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 40, f"{node.name} has more than 40 lines"
+def test_no_cycle_of_imports():
+    inside = {m: house.imported_modules(MODULES[m].read_text(), m, MODULES) - INITS for m in set(MODULES) - INITS}
+    assert cycle(inside) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_every_module_comes_from_the_notebook_of_its_path():
+    made = {name: m for name, p in NOTEBOOKS.items() if (m := house.exported_module(p))}
+    assert {name: house.expected_module(name) for name in made} == made
+    assert sorted(made.values()) == sorted(MODULES), "a module without notebook, or a notebook without module"
+    for name, module in made.items():
+        stated = re.search(r"File to edit: (\S+)\.$", MODULES[module].read_text(), re.M)[1]
+        assert (MODULES[module].parent / stated).resolve() == NOTEBOOKS[name].resolve()
+
+
+def functions(tree: ast.AST):
+    return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def size_faults(text: str) -> list[str]:
+    "Modules over 300 lines, lines over 120 characters, functions over 40 lines or 8 arguments."
+    lines = text.splitlines()
+    faults = [f"{len(lines)} lines"] if len(lines) > 300 else []
+    faults += [f"line {i} has {len(line)} characters" for i, line in enumerate(lines, 1) if len(line) > 120]
+    for node in functions(ast.parse(text)):
+        length, a = node.end_lineno - node.lineno + 1, node.args
+        given = [x.arg for x in a.posonlyargs + a.args + a.kwonlyargs if x.arg not in ("self", "cls")]
+        if length > 40:
+            faults.append(f"{node.name} has {length} lines")
+        if len(given) > 8:
+            faults.append(f"{node.name} has {len(given)} arguments")
+    return faults
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_modules_functions_and_lines_stay_short(module):
+    assert size_faults(MODULES[module].read_text()) == []
+
+
+def test_the_rule_of_sizes_can_fail():
+    body = "\n".join(["    x = 1"] * 40)
+    arguments = ", ".join(f"a{i}" for i in range(9))
+    assert size_faults(f"def f():\n{body}\n") == ["f has 41 lines"]
+    assert size_faults(f"def f({arguments}): pass\n") == ["f has 9 arguments"]
+    assert size_faults("x = 1\n" * 301) == ["301 lines"]
+    assert size_faults(f"x = '{'a' * 120}'\n") == ["line 1 has 126 characters"]
+
+
+def package_exports(module: str) -> list[str]:
+    return importlib.import_module(f"spectral_nb.{module}".removesuffix(".__init__")).__all__
+
+
+@pytest.mark.parametrize("init", sorted(INITS - {"__init__"}))
+def test_a_package_exports_what_its_modules_export(init):
+    package = package_of(init)
+    stated = [n for m in MODULES if package_of(m) == package and m != init for n in house.declared_all(MODULES[m])]
+    assert sorted(package_exports(init)) == sorted(stated)
+
+
+def test_a_public_name_has_one_home():
+    several = {n: homes for n, homes in house.public_homes().items() if len(homes) > 1 and n not in REPEATED}
+    assert several == {}
+
+
+def test_at_most_200_public_names_each_with_a_docstring():
+    homes = house.public_homes()
+    assert sum(len(h) for n, h in homes.items() if n not in REPEATED) <= 200
+    bare = []
+    for name, modules in homes.items():
+        for module in modules:
+            value = getattr(importlib.import_module(f"spectral_nb.{module}".removesuffix(".__init__")), name)
+            written = (getattr(value, "__doc__", None) or "").strip()
+            if not written or written == (type(value).__doc__ or "").strip() or written.startswith(f"{name}("):
+                bare.append(f"{module}.{name}")  # none, or the one that a constant or a dataclass gets from Python
+    assert bare == []
+
+
+TIMED = re.compile(r"\b(ratio|seconds|elapsed|perf_counter|wall|monotonic|duration)\b|\btime\.time\b")
+
+
+def timed_assertions(source: str) -> list[str]:
+    "Assertions that compare a measured time; `# fake clock` on their line says that nothing is measured."
+    try:
+        tree, lines = ast.parse(source), source.splitlines()
+    except SyntaxError:  # a cell with a magic
+        return []
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "").startswith("test_")]
+    found = [n for n in [*ast.walk(tree), *calls] if isinstance(n, ast.Assert) or n in calls]
+    texts = {n.lineno: ast.unparse(n.test) if isinstance(n, ast.Assert) else ast.unparse(n) for n in found}
+    named = {at: t for at, t in texts.items() if TIMED.search(t) and re.search(r"[<>]|test_close", t)}
+    return [t for at, t in named.items() if "# fake clock" not in lines[at - 1]]
+
+
+def test_no_timed_assertion():
+    sources = {str(p.relative_to(ROOT)): [p.read_text()] for p in (ROOT / "tests").glob("*.py")}
+    for name, path in NOTEBOOKS.items():
+        sources[name] = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    found = {name: t for name, texts in sources.items() if (t := [x for s in texts for x in timed_assertions(s)])}
+    assert found == {}
+
+
+def test_the_rule_of_timed_assertions_can_fail():
+    assert timed_assertions('assert 3 < row["ratio"] < 9')
+    assert timed_assertions("def f():\n    assert time.perf_counter() - start < 5")
+    assert not timed_assertions('assert row["ratio"] > 0  # fake clock') and not timed_assertions("assert n_rows > 3")
 
 
 @pytest.mark.parametrize("notebook", SECTIONS, ids=lambda p: p.stem)
@@ -82,8 +202,9 @@ def test_section_has_one_parameters_cell_of_literals(notebook):
         ast.literal_eval(node.value)
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_committed_outputs_hold_no_error_and_stay_light(notebook):
+@pytest.mark.parametrize("name", sorted(NOTEBOOKS))
+def test_committed_outputs_hold_no_error_and_stay_light(name):
+    notebook = NOTEBOOKS[name]
     nb = nbformat.read(notebook, 4)
     assert not [o for c in nb.cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert notebook.stat().st_size < 1.5e6
@@ -132,7 +253,8 @@ def test_top_level_is_lazy_and_complete():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "lazy"
     import spectral_nb
 
-    for name in spectral_nb._HOME:
+    assert set(spectral_nb.__all__) >= {"load_model", "trace", "factored_svd", "run_sweep", "sweeps"}
+    for name in spectral_nb.__all__:
         value = getattr(spectral_nb, name)
         assert (value.__doc__ or "").strip(), f"{name} has no docstring"
     with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
@@ -154,6 +276,37 @@ def test_committed_outputs_were_made_by_this_code(notebook):
     assert committed_stamp(notebook) == code_stamp(notebook), (
         f"run `make render` (or python -m spectral_nb.dev.render {notebook.stem}) and commit the result"
     )
+
+
+def package_copy(tmp_path, change: str | None):
+    "A copy of the package with its own folder of notebooks; one line is appended to the module that `change` names."
+    shutil.copytree(ROOT / "spectral_nb", tmp_path / "spectral_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    if change:
+        file = tmp_path / "spectral_nb" / change
+        file.write_text(file.read_text() + "\nchanged = True\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("module", ["attention/omega.py", "base/runs.py", "norm_growth.py"])
+def test_a_change_in_a_subpackage_makes_other_runs(module, tmp_path):
+    code = "from spectral_nb.base.runs import code_version, run_id; print(code_version(), run_id('svt', {'seed': 0}))"
+    made = []
+    for change in (None, module):
+        folder = package_copy(tmp_path / str(change is None), change)
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        made.append(done.stdout.split())
+    assert made[0][0] != made[1][0] and made[0][1] != made[1][1]
+
+
+@pytest.mark.parametrize("notebook", SECTIONS, ids=lambda p: p.stem)
+def test_a_change_in_a_subpackage_changes_the_stamp_of_the_section(notebook, tmp_path):
+    from spectral_nb.dev.render import code_stamp
+
+    before = code_stamp(notebook, package_copy(tmp_path / "a", None) / "spectral_nb")
+    assert code_stamp(notebook, package_copy(tmp_path / "b", "base/checks.py") / "spectral_nb") != before
+    assert code_stamp(notebook, package_copy(tmp_path / "c", "dev/website.py") / "spectral_nb") == before
 
 
 def test_readme_is_made_from_the_index(tmp_path):
@@ -189,10 +342,10 @@ def test_the_last_cell_exports_in_jupyterlab_and_only_in_the_repository(tmp_path
 
 
 def test_progress_bars_in_jupyterlab():
-    slow = "import time; from spectral_nb.base.progress import progress\nfor _ in progress(range(4), desc='slow'): time.sleep(0.3)"
+    slow = "import time; from spectral_nb.base.progress import progress\n"
+    slow += "for _ in progress(range(4), desc='slow'): time.sleep(0.3)"
     seen = jupyter(slow, repo_root())
-    assert (
-        "slow: 100%" in seen.stdout and "4/4" in seen.stdout and not seen.stderr
-    )  # on stderr JupyterLab would paint it red
+    assert "slow: 100%" in seen.stdout and "4/4" in seen.stdout
+    assert not seen.stderr  # there JupyterLab would paint it red
     assert jupyter(slow.replace("0.3", "0.01"), repo_root()).stdout == ""
     assert jupyter(slow, repo_root(), SPECTRAL_NB_PROGRESS="0").stdout == ""
