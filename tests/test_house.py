@@ -1,4 +1,4 @@
-"The house rules: layers, homes of names, sizes, notebook tags, the lazy top level, and that an override changes a result."
+"The house rules: layers, homes of names, sizes, notebook tags, a lazy top level, overrides that change a result."
 
 import ast
 import importlib
@@ -13,12 +13,13 @@ import nbformat
 import pytest
 
 from spectral_nb.base.paths import repo_root
+from spectral_nb.base import sources as walk
 from spectral_nb.dev import house
 
 ROOT = repo_root()
 NOTEBOOKS = house.notebooks()
 SECTIONS = [p for name, p in NOTEBOOKS.items() if re.match(r"1\d_", name)]
-MODULES = house.modules()
+MODULES = walk.modules()
 INITS = {m for m in MODULES if m.split(".")[-1] == "__init__"}
 REPEATED = {"measure", "run"}  # every section has its own
 
@@ -30,7 +31,7 @@ def package_of(module: str) -> str:
 def import_faults(module: str, source: str, known=MODULES) -> list[str]:
     "What a module imports against the layers; a package's `__init__` may name its own modules, the top level all."
     faults, mine = [], package_of(module)
-    for other in sorted(house.imported_modules(source, module, known)):
+    for other in sorted(walk.imported_modules(source, module, known)):
         theirs = package_of(other)
         if theirs == mine or theirs == "__init__" or module == "__init__":
             continue
@@ -85,7 +86,7 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_cycle_of_imports():
-    inside = {m: house.imported_modules(MODULES[m].read_text(), m, MODULES) - INITS for m in set(MODULES) - INITS}
+    inside = {m: walk.imported_modules(MODULES[m].read_text(), m, MODULES) - INITS for m in set(MODULES) - INITS}
     assert cycle(inside) == []
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
     assert cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
@@ -257,7 +258,7 @@ def test_top_level_is_lazy_and_complete():
     for name in spectral_nb.__all__:
         value = getattr(spectral_nb, name)
         assert (value.__doc__ or "").strip(), f"{name} has no docstring"
-    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+    with pytest.raises(AttributeError, match="attribute load_modle"):
         getattr(spectral_nb, "load_modle" + "")
 
 
