@@ -94,5 +94,6 @@ def wait_for(condition, timeout: float = 120) -> None:
     "Wait until `condition()` holds."
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        if time.monotonic() > end:
+            raise TimeoutError("waited in vain")
         time.sleep(0.05)

@@ -20,7 +20,7 @@ from .plots import COLORS, DIVERGING, SEQUENTIAL, axes_of, check_columns
 
 # %% ../../nbs/base/head_maps.ipynb #heads-005
 def head_matrix(table: pd.DataFrame, value: str) -> np.ndarray:
-    "[n_layers, n_heads] of a column of a table with `layer`, `head`; NaN for a missing head, KeyError for a column."
+    "[n_layers, n_heads] of a column of a table with `layer`, `head`; NaN for a missing head, KeyError without it."
     check_columns(table, "layer", "head", value)
     out = np.full((int(table.layer.max()) + 1, int(table["head"].max()) + 1), np.nan)
     out[table.layer.to_numpy(int), table["head"].to_numpy(int)] = table[value].to_numpy(float)
@@ -38,8 +38,8 @@ def plot_heads(
 ) -> Axes:
     """Heat map of `values [n_layers, n_heads]`, layer 0 at the bottom; returns the axes.
 
-    `ring` outlines heads (names, pairs), `diverging` centres the colours on 0, `annotate` writes the numbers (by default
-    if there are at most 40). ValueError for another shape, or a ringed head that the map does not have."""
+    `ring` outlines heads (names, pairs), `diverging` centres the colours on 0, `annotate` writes numbers (by default if
+    there are at most 40). ValueError for another shape, or a ringed head that the map does not have."""
     values = np.asarray(values, dtype=float)
     if values.ndim != 2:
         raise ValueError(f"values must be [n_layers, n_heads], got shape {values.shape}")

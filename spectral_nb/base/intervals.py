@@ -104,7 +104,7 @@ def bootstrap_ci(
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of the share `successes / n`, between 0 and 1.
 
-    TypeError for counts that are not whole, ValueError for `successes` above `n`, `n` below 1 or a level out of 0..1."""
+    TypeError for counts that are not whole, ValueError for `successes` above `n`, no `n`, or a level out of 0..1."""
     check_int("n", n, 1)
     check_int("successes", successes, 0, n)
     _check_level(level)

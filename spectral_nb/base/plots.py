@@ -157,10 +157,8 @@ def plot_bars(
             yerr=error,
             error_kw=dict(elinewidth=1, capsize=2),
         )
-    slanted = sum(len(str(n)) for n in names) > 45
-    ax.set_xticks(
-        range(len(names)), [str(n) for n in names], rotation=30 if slanted else 0, ha="right" if slanted else "center"
-    )
+    slant = dict(rotation=30, ha="right") if sum(len(str(n)) for n in names) > 45 else {}
+    ax.set_xticks(range(len(names)), [str(n) for n in names], **slant)
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     ax.grid(False, axis="x")
     if hue is not None:
