@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def state() -> dict[str, str]:
-    files = sorted([*ROOT.glob("nbs/**/*.ipynb"), *ROOT.rglob("spectral_nb/**/*.py")])
+    files = sorted([*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("spectral_nb/**/*.py")])
     return {
         str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest()
         for f in files

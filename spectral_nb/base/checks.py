@@ -82,6 +82,8 @@ def parse_heads(heads, *, n_layers: int | None = None, n_heads: int | None = Non
     """List of (layer, head) from `'L9H6 L9H9'` or any iterable of heads.
 
     ValueError for a head beyond `n_layers` or `n_heads` (where given), or one that is named twice."""
+    if not isinstance(heads, (str, Iterable)) or isinstance(heads, (bytes, dict)):
+        raise TypeError(f"heads must be names such as 'L9H6' or pairs, got {heads!r} ({type(heads).__name__})")
     items = heads.replace(",", " ").split() if isinstance(heads, str) else list(heads)
     pairs = [parse_head(h) for h in items]
     for layer, head in pairs:
