@@ -12,17 +12,20 @@ from conftest import ARCHITECTURES, random_tokens, tiny_hf, zoo_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_nb import norm_growth
 from spectral_nb.norms import circuit_norms
 from spectral_nb.norms import stream as residuals
-from spectral_nb.norms import weights as streamed_norms
-from spectral_nb.norms import circuits as trajectory
+from spectral_nb.norms import weight_files as streamed_norms
+from spectral_nb.norms import claims, command, growth_rates, stored, stream_tables
 from spectral_nb.norms import theories as weight_theories
+from spectral_nb.base.long_tables import LONG_FIRST
 from spectral_nb.base.paths import repo_root
 from spectral_nb.models.heads import head_weights
 from spectral_nb.models.loading import from_hf, load_model
 from spectral_nb.norm_growth import NormGrowthConfig, r_norm, run, weight_norms
-from spectral_nb.norms.stream import growth, log_norms, measure_stream, position_classes
+from spectral_nb.norms.circuits import CIRCUIT_TASKS
+from spectral_nb.norms.growth_rates import growth, log_norms
+from spectral_nb.norms.stream import measure_stream, position_classes
+from spectral_nb.norms.weights import norm_matrix
 
 BLOCKS = {"gpt2": ("transformer.h", "attn"), "gpt_neox": ("gpt_neox.layers", "attention")}
 KEY = ["layer", "head", "expert", "matrix", "metric"]
@@ -39,7 +42,10 @@ def plain_stream(hf, architecture, tokens):
     "resid_pre, resid_post, attn_out, mlp_out by layer from forward hooks on the plain Hugging Face model."
     path, attention = BLOCKS.get(architecture, ("model.layers", "self_attn"))
     seen = {p: [] for p in ("resid_pre", "resid_post", "attn_out", "mlp_out")}
-    first = lambda out: out[0] if isinstance(out, tuple) else out
+
+    def first(out):
+        return out[0] if isinstance(out, tuple) else out
+
     handles = []
     for block in hf.get_submodule(path):
         handles += [
@@ -72,7 +78,7 @@ def test_stream_norms_equal_a_plain_pass_with_hooks(architecture, tiny_model):
     n = [v.norm(dim=-1) for v in (r, a, m)]
     crossed = (r * a + r * m + a * m).sum(-1) / (n[0] * n[1] + n[0] * n[2] + n[1] * n[2])
     np.testing.assert_allclose(stream.alignment, crossed, atol=1e-4)
-    assert residuals.bound_table(stream).violations.sum() == 0
+    assert stream_tables.bound_table(stream).violations.sum() == 0
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo"])
@@ -89,8 +95,8 @@ def test_tables_against_numpy_and_classes_kept_apart(tiny_model):
     stream = measure_stream(tiny_model("gpt2"), make_batch(tokens, lengths))
     classes = position_classes(make_batch(tokens, lengths).attention_mask)
     assert [(classes == c).sum() for c in (1, 2)] == [4, 40 - sum(lengths)]
-    table = residuals.norm_table(stream)
-    for index, name in enumerate(residuals.CLASSES):
+    table = stream_tables.norm_table(stream)
+    for index, name in enumerate(residuals.POSITION_CLASSES):
         values = stream.norm["mlp_out"][1][classes == index]
         part = (
             table[
@@ -104,11 +110,11 @@ def test_tables_against_numpy_and_classes_kept_apart(tiny_model):
         )
         assert part["mean"] == pytest.approx(values.mean(), rel=1e-5)
         assert part["q95"] == pytest.approx(np.quantile(values, 0.95), rel=1e-5)
-    histogram = residuals.norm_histogram(stream, "stream", 13)
+    histogram = stream_tables.norm_histogram(stream, "stream", 13)
     assert histogram[histogram.layer == 2].groupby("position_class")["count"].sum().to_dict() == dict(
         bos=4, other=sum(lengths) - 4, padding=40 - sum(lengths)
     )
-    assert residuals.prompt_norms(stream, 2).groupby("layer").size().tolist() == [3, 3, 3]
+    assert stream_tables.prompt_norms(stream, 2).groupby("layer").size().tolist() == [3, 3, 3]
     by_prompt = [np.log(stream.of("stream")[:, i][:, classes[i] == 0]).mean(1) for i in range(4)]
     np.testing.assert_allclose(log_norms(stream), np.stack(by_prompt, 1), rtol=1e-6)
 
@@ -303,8 +309,8 @@ def test_planted_theories_are_told_apart():
         ("mlp_out", "real"): np.stack([(v @ W).norm(dim=-1) for v in turned]),
         ("mlp_out", "gaussian"): np.stack([(x @ W).norm(dim=-1)] * 4),
     }
-    assert weight_theories.theory_table(by_weights).verdict.dropna().item() == "weights"
-    assert weight_theories.theory_table(by_inputs).verdict.dropna().item() == "inputs"
+    assert weight_theories.theory_table(by_weights).theory.dropna().item() == "weights"
+    assert weight_theories.theory_table(by_inputs).theory.dropna().item() == "inputs"
 
 
 # circuits
@@ -339,7 +345,7 @@ def test_rank_correlation_against_scipy():
 @pytest.mark.parametrize("file", ["gpt2_small", "pythia_160m"])
 def test_real_singular_values_through_the_same_functions(file, reference):
     norms = np.load(reference / "qk_singular_values" / f"{file}.npz")["S"][:, :, 0]
-    circuit = trajectory.stored_circuits("gpt2")["ioi"]
+    circuit = stored.stored_circuits("gpt2")["ioi"]
     published = json.loads((reference / "published" / "ioi_circuit_gpt2_small.json").read_text())["roles"]
     assert {k: sorted(v) for k, v in circuit.roles.items()} == {k: sorted(map(tuple, v)) for k, v in published.items()}
     inside = np.zeros((12, 12), bool)
@@ -347,7 +353,7 @@ def test_real_singular_values_through_the_same_functions(file, reference):
         inside[layer, head] = True
     assert inside.sum() == 26
     assert r_norm(norms, circuit.heads) == pytest.approx(norms[inside].mean() / norms[~inside].mean())
-    path = circuit_norms.trajectory(norms, circuit.heads)
+    path = circuit_norms.layer_means(norms, circuit.heads)
     for layer in range(12):
         assert path.n_circuit[layer] == inside[layer].sum()
         if inside[layer].any():
@@ -365,11 +371,11 @@ def test_stored_circuits_belong_to_their_weights(tmp_path):
     record = dict(format=1, model=names[0], checkpoint="0" * 16, command="spectral-norms ...", circuits={})
     (tmp_path / f"{names[0]}.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="holds circuits of checkpoint 0000"):
-        trajectory.stored_circuits(names[0], folder=tmp_path)
-    for path in trajectory.circuits_dir().glob("story-*.json"):
-        stored = trajectory.stored_circuits(path.stem)
-        assert set(stored) == set(trajectory.CIRCUIT_TASKS)
-        for circuit in stored.values():
+        stored.stored_circuits(names[0], folder=tmp_path)
+    for path in stored.circuits_dir().glob("story-*.json"):
+        found = stored.stored_circuits(path.stem)
+        assert set(found) == set(CIRCUIT_TASKS)
+        for circuit in found.values():
             assert all(circuit.effects[h] > 0 for h in circuit.heads)
 
 
@@ -377,7 +383,7 @@ def test_command_writes_every_head_and_refuses_with_2(tmp_path, capsys):
     if "story-gpt2-s42" not in zoo_names():
         pytest.skip("story-gpt2-s42 is not shipped")
     out = tmp_path / "heads.parquet"
-    assert trajectory.main(["--model", "story-gpt2-s42", "--heads", "L1H0 L1H1", "--out", str(out)]) == 0
+    assert command.main(["--model", "story-gpt2-s42", "--heads", "L1H0 L1H1", "--out", str(out)]) == 0
     shown, table = capsys.readouterr().out, pd.read_parquet(out)
     assert "r_norm" in shown and "W_OV circuit" in shown
     assert table.in_circuit.sum() == 2 and {"W_OV", "W_QK", "layer", "head"} <= set(table)
@@ -388,9 +394,9 @@ def test_command_writes_every_head_and_refuses_with_2(tmp_path, capsys):
         ]
     )
     np.testing.assert_allclose(table.W_OV, norms.ravel(), rtol=1e-4)
-    assert trajectory.main(["--model", "story-gpt2-s42", "--heads", "L9H9"]) == 2
+    assert command.main(["--model", "story-gpt2-s42", "--heads", "L9H9"]) == 2
     assert "L9H9 does not exist" in capsys.readouterr().err
-    assert trajectory.main(["--model", "story-gpt2-s42", "--tasks", "iio"]) == 2
+    assert command.main(["--model", "story-gpt2-s42", "--tasks", "iio"]) == 2
     assert "ioi" in capsys.readouterr().err
 
 
@@ -401,9 +407,9 @@ def test_run_on_the_real_trained_model(reference):
     model = str(reference / "stories260k")
     texts = str(reference / "stories260k" / "stories.txt")
     table = run(NormGrowthConfig(model, texts=texts, n_prompts=24, circuit_tasks="ioi"))
-    assert list(table.columns) == norm_growth.LONG and table.processing.unique().tolist() == ["folded"]
+    assert list(table.columns)[:8] == list(LONG_FIRST) and table.processing.unique().tolist() == ["folded"]
     rate = table[(table.quantity == "stream") & (table.metric == "growth_rate")].iloc[0]
-    assert 1.3 < rate.low < rate.value < rate.high < 1.6
+    assert 1.3 < rate.ci_low < rate.value < rate.ci_high < 1.6
     assert table[table.metric == "violations"].value.sum() == 0
     assert len(table[(table.quantity == "W_QK") & (table.metric == "spectral")]) == 40
     raw = run(NormGrowthConfig(model, texts=texts, n_prompts=24, circuit_tasks="", processing="raw", layers="1:4"))
@@ -428,9 +434,11 @@ def test_claims_hold_by_their_rules(tiny_model, monkeypatch):
         zero, write = np.zeros_like(norm[1:]), np.abs(np.diff(norm, axis=0))
         points = dict(resid_pre=norm[:-1], resid_post=norm[1:], attn_out=write, mlp_out=zero + 1e-6)
         stream = residuals.StreamNorms(points, points, dict(attn_out=zero, mlp_out=zero), zero, np.array([[1, 0]] * 30))
-        m = SimpleNamespace(stream=stream, config=NormGrowthConfig(), growth=norm_growth.growth_table(stream))
-        rows = {r["claim"]: r["holds"] for r in norm_growth._growth_claims(m)}
-        assert rows["the stream's norm grows"] == holds and rows["growth is exponential"]
+        m = SimpleNamespace(stream=stream, seed=0, growth=growth_rates.growth_table(stream))
+        rows = {r["claim"].split(":")[0]: r["verdict"] for r in claims._stream_claims(m)}
+        assert rows["The stream's norm grows"] == ("yes" if holds else "no")
+        assert rows["Growth is exponential"] == "yes"
+        assert rows["Outputs add to the stream as if they were independent of it"] == "yes"
 
 
 def test_split_experiment_repeats_bit_for_bit(tmp_path):
@@ -446,4 +454,4 @@ def test_split_experiment_repeats_bit_for_bit(tmp_path):
 
 def test_hand_made_bridge_is_measured_too():
     model = from_hf(tiny_hf("gpt2"), name="mine", processing="raw")
-    assert streamed_norms.norm_matrix(weight_norms(model), "W_OV", "frobenius").shape == (2, 4)
+    assert norm_matrix(weight_norms(model), "W_OV", "frobenius").shape == (2, 4)

@@ -231,7 +231,7 @@ def development_figure(steps: pd.DataFrame) -> Figure:
     "By training step: growth rates with intervals over prompts, mean spectral norms, R_norm of W_OV by task."
     fig, axes = figure(1, 3, width=10, height=2.9)
     plot_lines(
-        steps[steps.metric == "growth_rate"], "step", "value", hue="quantity", low="low", high="high", ax=axes[0]
+        steps[steps.metric == "growth_rate"], "step", "value", hue="quantity", low="ci_low", high="ci_high", ax=axes[0]
     )
     plot_lines(steps[steps.metric == "mean_spectral"], "step", "value", hue="quantity", ax=axes[1])
     ratios = steps[(steps.metric == "r_norm") & (steps.quantity == "W_OV")]

@@ -97,3 +97,16 @@ def choose_circuit(
     if task not in CIRCUIT_TASKS:
         raise ValueError(unknown_name_error("task", task, sorted({*CIRCUIT_TASKS, *stored})))
     return find_circuit(loaded if loaded is not None else load_model(model, revision), task, n_prompts, seed)
+
+# %% ../../nbs/norms/stored.ipynb #stored-008
+def circuits_of_tasks(
+    tasks: str, model: str, revision: str | None = None, **more
+) -> tuple[list[Circuit], dict[str, str]]:
+    "Circuits of tasks named in one string, and why a task has none; `more`: arguments of `choose_circuit`."
+    circuits, skipped = [], {}
+    for task in tasks.replace(",", " ").split():
+        try:
+            circuits.append(choose_circuit(model, task, revision, **more))
+        except ValueError as e:
+            skipped[task] = str(e)
+    return circuits, skipped

@@ -24,7 +24,7 @@ POSITION_CLASSES = ("other", "bos", "padding")
 
 
 def position_classes(attention_mask) -> Int[np.ndarray, "batch pos"]:
-    "Index into `POSITION_CLASSES` of every position: 1 for a prompt's first token, 2 for padding (right-padded), 0 for the rest."
+    "Index into `POSITION_CLASSES`: 1 for a prompt's first token, 2 for padding (right-padded), 0 for the rest."
     mask = torch.as_tensor(attention_mask).bool()
     if mask.ndim != 2 or not mask.numel():
         raise ValueError(f"attention_mask: needs [batch pos] and at least one prompt, got {tuple(mask.shape)}")

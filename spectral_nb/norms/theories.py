@@ -19,7 +19,8 @@ from ..models.architectures import ArchSpec
 from ..base.intervals import Interval
 from ..base.checks import check_int
 from ..models.heads import head_weights
-from .stream import StreamNorms, growth, log_norms, position_classes
+from .growth_rates import growth, log_norms
+from .stream import StreamNorms, position_classes
 
 # %% ../../nbs/norms/theories.ipynb #09-006
 def mean_square(W: Float[Tensor, "d_out d"], x: Float[Tensor, "n d"]) -> float:
@@ -156,7 +157,7 @@ def _slopes(logs: np.ndarray, layers: tuple[int, int]) -> Float[np.ndarray, "n"]
 
 # %% ../../nbs/norms/theories.ipynb #theories-002
 def theory_table(responses: dict, layers: tuple[int, int] | str = "all", seed: int = 0) -> pd.DataFrame:
-    """Growth rate of every response; for random sources also how its slope differs from the real one, and which theory that supports.
+    """Growth rate of every response; for random sources how the slope differs and which theory that supports.
 
     Columns: quantity source rate low high slope difference difference_low difference_high theory."""
     rows = []

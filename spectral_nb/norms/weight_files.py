@@ -248,7 +248,7 @@ def weight_norms(
 ) -> pd.DataFrame:
     """Norms of every head's and MLP's weights: columns `WEIGHT_COLUMNS`.
 
-    Takes a shipped name, a folder in Hugging Face format, a hub name, or a model in memory (whose own processing holds).
+    Takes a shipped name, a Hugging Face folder, a hub name, or a model in memory (whose own processing holds).
     Streams safetensors files: never more than one layer's attention or one MLP matrix is held; families that are not in
     `LAYOUTS` are loaded whole. ValueError for quantised, incomplete or non-finite weights."""
     if not isinstance(folder_or_name, (str, Path)) and hasattr(folder_or_name, "blocks"):
