@@ -72,7 +72,7 @@ import json, sys, time
 import torch
 torch.set_num_threads({threads})
 from spectral_nb.models.loading import load_model
-from spectral_nb.norms.weights import weight_norms
+from spectral_nb.norms.weight_files import weight_norms
 from spectral_nb.dev.timing import memory_mb
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
