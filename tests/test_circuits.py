@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from spectral_nb.attention.activations import capture
 from spectral_nb.attention.components import component_outputs, through_norm
-from spectral_nb.attention.omega import TensorCache, omega_svd
+from spectral_nb.attention import omega as om
+from spectral_nb.attention.omega import omega_svd
+from spectral_nb.attention.stores import TensorCache, TensorStore
 from spectral_nb.attention.pairs import Pairs, firings, pair_scores
 from spectral_nb.attention.selection import select_slices
 from spectral_nb.attention.terms import combine_vectors, slice_coordinates, slice_terms, slice_vectors
@@ -456,6 +458,63 @@ def test_not_finite_activations_name_the_layer(tiny_model):
         capture(model, conftest.random_tokens())
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "olmoe"])
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_nan_in_a_weight_names_the_layer(tiny_model, architecture, logits):
+    "Also in the last layer's keys, whose scores a softmax would turn into weights of zero."
+    model = tiny_model(architecture, seed=4)
+    weight = next(p for n, p in model.blocks[1].attn.named_parameters() if n.startswith("k.") or ".k_proj." in n)
+    weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 1"):
+        capture(model, conftest.random_tokens(), z=False, logits=logits)
+    with pytest.raises(ValueError, match="layer 1"):
+        omega_svd(model)
+
+
+def test_slices_refuse_what_is_not_finite(made):
+    import dataclasses
+
+    model, acts = made("gpt2")
+    broken = acts.x.clone()
+    broken[1, 0, 3, 0] = float("nan")
+    pairs = Pairs([0, 0], [0, 1], [0, 0], [3, 3], [1, 1])
+    with pytest.raises(ValueError, match="slices has .* in layer 1"):
+        slice_terms(model, dataclasses.replace(acts, x=broken), pairs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_precisions(architecture, dtype):
+    "The decomposition is exact in float64, and in half precision as good as the model's own scores."
+    from spectral_nb.models.loading import from_hf
+
+    hf = conftest.tiny_hf(architecture).to(dtype)
+    model = from_hf(hf, name=f"tiny-{architecture}", processing="raw")
+    tokens = conftest.random_tokens(2, 9)
+    if architecture == "olmoe" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="olmoe in float64"):
+            capture(model, tokens)
+        return
+    acts = capture(model, tokens)
+    pairs = firings(acts, threshold=0.0, skip_key=None)
+    terms, score = slice_terms(model, acts, pairs), pair_scores(acts, pairs) * ArchSpec.from_model(model).d_head ** 0.5
+    exact = 1e-9 if ArchSpec.from_model(model).positions == "learned" else 1e-5  # rotary angles are float32 everywhere
+    limit = {torch.float64: exact, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+    assert ((terms.sum(1) - score).abs() <= limit * terms.abs().sum(1).clamp_min(1)).all()
+    assert terms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    parts = component_outputs(model, tokens, 2)
+    assert parts.values.isfinite().all() and parts.values.dtype == terms.dtype
+    assert omega_svd(model).S.isfinite().all() and select_slices(terms).any()
+
+
+def test_selection_of_tensors_that_require_grad():
+    t = torch.tensor([5.0, 3, -1, -2, -2], requires_grad=True)
+    assert select_slices(t).tolist() == [True, False, False, False, False]
+    for bad in (torch.tensor([True]), torch.tensor([1j])):
+        with pytest.raises(TypeError, match="terms"):
+            select_slices(bad)
+
+
 def test_padding_is_not_a_pair(made):
     model, _ = made("gpt2")
     batch = type("Batch", (), {"tokens": conftest.random_tokens(2, 10), "__len__": lambda self: 2})()
@@ -480,6 +539,81 @@ def test_changed_weights_are_noticed(tiny_model):
     after = omega_svd(model).S
     assert_close(after[0], 2 * before[0], rtol=1e-4, atol=1e-5)
     assert_close(after[1], before[1])
+
+
+def test_a_change_through_data_is_noticed(tiny_model):
+    "`p.data` leaves pointer and version as they are: the bytes themselves are looked at."
+    for architecture in ("gpt2", "llama"):
+        model = tiny_model(architecture, seed=6)
+        before = omega_svd(model, [0]).S.clone()
+        for name, p in model.blocks[0].attn.named_parameters():
+            if name.startswith("q.") or ".q_proj." in name:
+                p.data.mul_(2)
+        assert_close(omega_svd(model, [0]).S, 2 * before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    "An empty store on disk for the decompositions, which keeps small ones too, and an empty memory."
+    store = TensorStore(1 << 20, tmp_path, least_bytes=0)
+    monkeypatch.setattr(om, "omega_store", store)
+    om.omega_cache.clear()
+    return store
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_second_process_starts_warm(tiny_model, store, monkeypatch, architecture):
+    "With memory emptied, as in a new process, nothing is decomposed again; other weights are."
+    model = tiny_model(architecture, seed=7)
+    first = omega_svd(model, offset=-3)
+    om.omega_cache.clear()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("decomposed again")
+
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    again = omega_svd(tiny_model(architecture, seed=7), offset=-3)
+    for field in ("U", "S", "V"):
+        assert torch.equal(getattr(first, field), getattr(again, field))
+    with pytest.raises(AssertionError, match="decomposed again"):
+        omega_svd(tiny_model(architecture, seed=8), offset=-3)
+
+
+def test_a_damaged_or_unwritable_store_changes_nothing(tiny_model, store, tmp_path):
+    model = tiny_model("gpt2", seed=9)
+    first = omega_svd(model)
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    om.omega_cache.clear()
+    assert_close(omega_svd(model).S, first.S)
+    blocked = TensorStore(100, tmp_path / "file")
+    (tmp_path / "file").write_text("no folder")
+    blocked.put(("a",), (torch.zeros(100000),))
+    assert blocked.get(("a",)) is None
+
+
+def _write_many(folder):
+    store = TensorStore(4000, folder, least_bytes=0)
+    for k in range(60):
+        store.put(("k", k % 7), (torch.full((100,), float(k % 7)),))
+        store.prune()
+        if (found := store.get(("k", k % 7))) is not None:
+            assert (found[0] == k % 7).all()
+
+
+def test_two_processes_share_a_store(tmp_path):
+    "Each always reads whole values of its key or none, and the folder stays within its bound."
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write_many, args=(tmp_path,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 4000
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_the_cache_is_bounded():

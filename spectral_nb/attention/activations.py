@@ -53,6 +53,8 @@ def token_batch(model, tokens) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " 
         raise ValueError(f"tokens has {given}; integers [batch, pos] are needed")
     if 0 in tokens.shape:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}: the prompt set is empty")
+    if spec.n_experts and next(model.parameters()).dtype == torch.float64:
+        raise ValueError(f"model {spec.model_type} in float64: torch has no grouped product of experts in float64")
     if tokens.shape[1] > spec.n_ctx:
         raise ValueError(f"tokens has prompts of {tokens.shape[1]} tokens; the model's context holds {spec.n_ctx}")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < spec.d_vocab:
@@ -72,6 +74,20 @@ def _hook_names(spec: ArchSpec, layers, scores: bool, z: bool) -> dict[str, str]
         names |= {f"{s}_norm": f"blocks.{{}}.attn.{s}_norm.hook_scale" for s in "qk"}
     return names
 
+# %% ../../nbs/attention/activations.ipynb #03-005x
+_UNSEEN = ("hook_attn_scores",)  # minus infinity where a key comes after its query
+
+
+def refuse_non_finite(name: str, value: Tensor) -> None:
+    "ValueError naming the layer where the value at a hook is NaN or infinite; one reduction where all is well."
+    masked = name.endswith(_UNSEEN)
+    total = value.amax() if masked else value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    if total.isfinite():
+        return
+    layer = name.split(".")[1] if name.startswith("blocks.") else None
+    what = f"layer {layer} ({name})" if layer else name
+    check_finite("activations", value.masked_fill(value == -torch.inf, 0.0) if masked else value, what)
+
 # %% ../../nbs/attention/activations.ipynb #03-005d
 @torch.no_grad()
 def run_to(
@@ -80,10 +96,13 @@ def run_to(
     names: Iterable[str],  # of hooks
     keep: Callable[[Tensor, str], Any] = lambda value, name: value,  # what is kept of the value at a hook
 ) -> dict[str, Any]:
-    "What `keep` makes of the values at the hooks; the pass ends once the last of them is there."
+    """What `keep` makes of the values at the hooks; the pass ends once the last of them is there.
+
+    ValueError with the layer's name where a value is not finite."""
     kept, names = {}, set(names)
 
     def hook_fn(value, hook, name):
+        refuse_non_finite(name, value)
         kept[name] = keep(value, name)
         if len(kept) == len(names):
             raise StopAtLayerException(value)  # what TransformerLens itself ends a pass with
@@ -113,18 +132,22 @@ def capture(
     for part in tokens.split(check_int("batch_size", batch_size, 1)):
         if logits:
             out, cache = model.run_with_cache(part.to(model.cfg.device), names_filter=lambda n: n in wanted)
+            for name in cache:  # in the order of the pass, so that the first layer that fails is named
+                refuse_non_finite(name, cache[name])
+            refuse_non_finite("logits", out)
         else:
             out, cache = None, run_to(model, part, wanted)
         got = {f: [cache[n.format(layer)] for layer in layers] for f, n in names.items() if not f.endswith("_norm")}
         if spec.qk_norm:
             scales = [qk_norm_scales(model, cache, layer) for layer in layers]
             got["q_scale"], got["k_scale"] = zip(*scales, strict=True)
-        chunks.append({f: torch.stack([_exact(v) for v in values]) for f, values in got.items()})
+        chunks.append({f: torch.stack([exact(v) for v in values]) for f, values in got.items()})
         chunks[-1]["logits"] = out.float() if logits else None
     return _assemble(layers, chunks, lengths)
 
 # %% ../../nbs/attention/activations.ipynb #03-005f
-def _exact(x: Tensor) -> Tensor:
+def exact(x: Tensor) -> Tensor:
+    "`x` in float32 or better."
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -136,7 +159,5 @@ def _assemble(layers: list[int], chunks: list[dict], lengths: Tensor) -> Activat
         for f in kept
     }
     whole["ln_scale"] = whole["ln_scale"].squeeze(-1)
-    for i, layer in enumerate(layers):
-        check_finite("activations", whole["x"][i], f"layer {layer}")
     whole |= {"layers": tuple(layers), "lengths": lengths.to(whole["x"].device)}
     return Activations(**{f.name: whole.get(f.name) for f in fields(Activations)})

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .activations import run_to, token_batch
+from .activations import exact, refuse_non_finite, run_to, token_batch
 from ..base.checks import check_int, head_name
 from ..models.architectures import ArchSpec
 from ..models.heads import head_weights
@@ -47,6 +47,9 @@ def component_labels(spec: ArchSpec, layer: int) -> list[str]:
     return labels
 
 # %% ../../nbs/attention/components.ipynb #comp-004c
+_HALF = {torch.float16: 0.02, torch.bfloat16: 0.1}  # error of a sum that was rounded to half precision at every step
+
+
 @torch.no_grad()
 def component_outputs(
     model,
@@ -60,17 +63,20 @@ def component_outputs(
         cache = run_to(model, token_batch(model, cache)[0], names)
     if missing := [n for n in names if n not in cache]:
         raise KeyError(f"the cache lacks {missing[0]!r}; component_hooks(model, {layer}) lists what is needed")
-    stream = cache[names[-1]].float()
-    values = [cache["hook_embed"].float().expand_as(stream)]
+    half = cache[names[-1]].dtype in _HALF
+    stream = exact(cache[names[-1]])
+    values = [exact(cache["hook_embed"]).expand_as(stream)]
     if spec.positions == "learned":
-        values.append(cache["hook_pos_embed"].float().expand_as(stream))
+        values.append(exact(cache["hook_pos_embed"]).expand_as(stream))
     for below in range(layer):
-        w, z = head_weights(model, below), cache[f"blocks.{below}.attn.hook_z"].float()
-        values += torch.einsum("bphd,hdm->hbpm", z, w.W_O.float()).unbind(0)
-        values += [w.b_O.float().expand_as(stream), cache[f"blocks.{below}.hook_mlp_out"].float()]
+        w, z = head_weights(model, below), exact(cache[f"blocks.{below}.attn.hook_z"])
+        values += torch.einsum("bphd,hdm->hbpm", z, w.W_O.to(z)).unbind(0)
+        values += [w.b_O.to(z).expand_as(stream), exact(cache[f"blocks.{below}.hook_mlp_out"])]
     values = torch.stack(values)
     error = (values.sum(0) - stream).abs().max() / stream.abs().max().clamp_min(1e-30)
-    if not error < 1e-4:
+    for name in names:
+        refuse_non_finite(name, cache[name])
+    if not error < (_HALF[cache[names[-1]].dtype] if half else 1e-4):
         raise ArithmeticError(f"components sum to the residual stream before layer {layer} only to {error:.1e}")
     return Components(component_labels(spec, layer), values, layer)
 

@@ -9,7 +9,7 @@ __all__ = ['qk_factors', 'ov_factors', 'OmegaSVD', 'omega_svd']
 import hashlib
 import re
 import weakref
-from collections import OrderedDict
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .spectra import check_reconstruction, factored_svd, sign_weights
+from .stores import TensorCache, TensorStore, stored
 from ..base.checks import check_finite, check_int
 from ..models.architectures import ArchSpec
 from ..models.heads import apply_rotation, head_weights, rotation
@@ -61,49 +62,30 @@ def _rotate(model, x: Tensor, offsets) -> Float[Tensor, "offset *batch d_head"]:
     cos, sin = (t.to(x).view(len(t), *[1] * (x.ndim - 1), -1) for t in turn)
     return apply_rotation(x.expand(len(cos), *x.shape), cos, sin)
 
-# %% ../../nbs/attention/omega.ipynb #03-008
-class TensorCache:
-    "Tensors by key, the least recently used dropped first once they hold more than `max_bytes`."
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.n_bytes, self._items = max_bytes, 0, OrderedDict()
-
-    def get(self, key):
-        "The tensors stored under `key`, or None."
-        if key in self._items:
-            self._items.move_to_end(key)
-        return self._items.get(key)
-
-    def put(self, key, tensors: tuple) -> None:
-        "Store `tensors`, making room if needed."
-        self.n_bytes += sum(t.nbytes for t in tensors)
-        self._items[key] = tensors
-        while self.n_bytes > self.max_bytes and len(self._items) > 1:
-            _, old = self._items.popitem(last=False)
-            self.n_bytes -= sum(t.nbytes for t in old)
-
-    def clear(self) -> None:
-        "Forget everything."
-        self._items.clear()
-        self.n_bytes = 0
-
 # %% ../../nbs/attention/omega.ipynb #03-008b
-omega_cache = TensorCache(max_bytes=1 << 30)  # decompositions by weights hash, layer and offset
+omega_cache = TensorCache(max_bytes=1 << 30)  # decompositions by weights hash and offset, in memory
+omega_store = TensorStore(max_bytes=2 << 30)  # the same on disk
 _NOT_READ = re.compile(r"(^|\.)(v|o)(_proj)?\.")  # value and output weights
-_hashes = weakref.WeakKeyDictionary()  # model -> {layer: (state of its tensors, hash)}
+_hashes = weakref.WeakKeyDictionary()  # model -> {layer: (checksums of its tensors, hash)}
 
 
-def _qk_hash(model, layer: int) -> str:
-    "Hash of the architecture and the layer's query and key weights, taken again when a tensor was replaced or changed."
+def _bytes(p: Tensor) -> memoryview:
+    return memoryview(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def qk_hash(model, layer: int) -> str:
+    "Hash of the architecture and the layer's query and key weights as they are now."
     named = [(n, p) for n, p in model.blocks[layer].attn.named_parameters() if not _NOT_READ.search(n)]
-    state = [(n, p.data_ptr(), p._version, p.dtype) for n, p in named]
+    state = [(n, p.data_ptr(), p._version, p.dtype, p.device, zlib.crc32(_bytes(p))) for n, p in named]
     known = _hashes.setdefault(model, {})
     if layer not in known or known[layer][0] != state:
         digest = hashlib.sha256(repr(ArchSpec.from_model(model)).encode())  # heads and rotation are no weights
+        if (turn := rotation(model, torch.arange(2))) is not None:
+            digest.update(_bytes(torch.stack(turn)))
         for n, p in named:
-            digest.update(f"{n}{tuple(p.shape)}{p.dtype}{p.device}".encode())
-            digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        known[layer] = (state, digest.hexdigest()[:16])
+            digest.update(f"{n}{tuple(p.shape)}{p.dtype}".encode())
+            digest.update(_bytes(p))
+        known[layer] = (state, digest.hexdigest()[:32])
     return known[layer][1]
 
 # %% ../../nbs/attention/omega.ipynb #03-008c
@@ -116,9 +98,9 @@ def _finite_factors(model, layer: int, offset: int | None = None) -> tuple[Tenso
     return factors
 
 
-def omega_bases(model, layer: int) -> tuple[Tensor, ...]:
+def omega_bases(model, layer: int, weights: str | None = None) -> tuple[Tensor, ...]:
     "Orthonormal bases of the layer's factors without rotation, and their triangles: `Qq, Cq, Qk, Ck`."
-    key = (_qk_hash(model, layer), layer, "bases")
+    key = (weights or qk_hash(model, layer), "bases", str(model.cfg.device))
     if (found := omega_cache.get(key)) is None:
         left, right = _finite_factors(model, layer)
         found = (*torch.linalg.qr(left), *torch.linalg.qr(right))
@@ -128,19 +110,31 @@ def omega_bases(model, layer: int) -> tuple[Tensor, ...]:
 # %% ../../nbs/attention/omega.ipynb #03-008d
 def omega_cores(model, layer: int, offsets: list[int]) -> tuple[Tensor, ...]:
     "Core SVDs `Uc, S, Vc` with axes [offset head ...] for the given offsets, signs fixed, made where missing."
-    weights = _qk_hash(model, layer)
-    found = {o: omega_cache.get((weights, layer, o)) for o in offsets}
+    weights, device = qk_hash(model, layer), str(model.cfg.device)
+    keys = {o: (weights, o, device.replace(":", "")) for o in offsets}
+    found = {o: omega_cache.get(keys[o]) for o in offsets}
+    for o in [o for o in offsets if found[o] is None]:
+        if (read := omega_store.get(keys[o], device)) is not None:
+            found[o] = read
+            omega_cache.put(keys[o], read)
     missing = [o for o in offsets if found[o] is None]
     for start in range(0, len(missing), 64):  # bounds the memory of one batch of decompositions
         some = missing[start : start + 64]
-        q_basis, c_q, _, c_k = omega_bases(model, layer)
-        Uc, S, Vh = torch.linalg.svd(c_q @ _rotate(model, c_k, some).mT)
-        side = (sign_weights(q_basis.shape[1], q_basis) @ q_basis).unsqueeze(1) @ Uc
-        sign = torch.where(side < 0, -1.0, 1.0).to(Uc)
-        for o, *parts in zip(some, Uc * sign, S, Vh.mT * sign, strict=True):
-            found[o] = tuple(p.clone() for p in parts)  # not views, which would keep the whole batch alive
-            omega_cache.put((weights, layer, o), found[o])
+        for o, parts in zip(some, _core_svds(model, omega_bases(model, layer, weights), some), strict=True):
+            found[o] = parts
+            omega_cache.put(keys[o], parts)
+            omega_store.put(keys[o], parts)
     return tuple(torch.stack(parts) for parts in zip(*(found[o] for o in offsets), strict=True))
+
+
+def _core_svds(model, bases: tuple[Tensor, ...], offsets: list[int]):
+    "`Uc, S, Vc` of every offset: one batched decomposition of all heads and offsets."
+    q_basis, c_q, _, c_k = bases
+    Uc, S, Vh = torch.linalg.svd(c_q @ _rotate(model, c_k, offsets).mT)
+    side = (sign_weights(q_basis.shape[1], q_basis) @ q_basis).unsqueeze(1) @ Uc
+    sign = torch.where(side < 0, -1.0, 1.0).to(Uc)
+    for parts in zip(Uc * sign, S, Vh.mT * sign, strict=True):
+        yield tuple(p.clone() for p in parts)  # not views, which would keep the whole batch alive
 
 # %% ../../nbs/attention/omega.ipynb #03-008e
 @dataclass(frozen=True)
@@ -162,11 +156,14 @@ def omega_vectors(model, layer: int, offset: int) -> tuple[Tensor, Tensor, Tenso
         U, V = q_basis @ Uc, k_basis @ Vc
         check_reconstruction(*_finite_factors(model, layer, offset), U, S, V.mT)
         return U, S, V
-    key = (_qk_hash(model, layer), layer, "vectors")
-    if (found := omega_cache.get(key)) is None:
+    device = str(model.cfg.device)
+    key = (qk_hash(model, layer), "vectors", device.replace(":", ""))
+
+    def decompose():
         U, S, Vh = factored_svd(*_finite_factors(model, layer))
-        omega_cache.put(key, found := (U, S, Vh.mT))
-    return found
+        return U, S, Vh.mT
+
+    return stored(key, decompose, omega_cache, omega_store, device)
 
 # %% ../../nbs/attention/omega.ipynb #03-008g
 def omega_svd(

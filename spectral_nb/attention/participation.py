@@ -181,6 +181,7 @@ def _trajectory(pr, at, name: str) -> tuple[np.ndarray, np.ndarray]:
     pr, at = np.asarray(pr, dtype=float), np.asarray(at, dtype=float)
     if at.ndim != 1 or pr.shape[-1:] != at.shape:
         raise ValueError(f"{name}: PR has shape {pr.shape}, checkpoints last, but there are {at.shape} {name}")
+    check_finite(name, at)
     if (np.diff(at) <= 0).any():
         raise ValueError(f"{name}: must increase, got {at.tolist()}")
     check_finite("pr", pr)

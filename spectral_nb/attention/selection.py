@@ -40,7 +40,9 @@ def select_slices(
 
     Equal terms are taken in the order of the last axis."""
     _rule(rule)
-    terms = torch.as_tensor(terms)
+    terms = torch.as_tensor(terms).detach()
+    if terms.is_complex() or terms.dtype == torch.bool:
+        raise TypeError(f"terms has dtype {terms.dtype}; real numbers are needed")
     if terms.ndim == 0 or terms.shape[-1] == 0:
         raise ValueError(f"terms has shape {tuple(terms.shape)}; at least one term a row is needed")
     rows = terms.reshape(-1, terms.shape[-1])

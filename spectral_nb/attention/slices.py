@@ -161,6 +161,11 @@ def jaccard(a: Bool[Tensor, "n d"], b: Bool[Tensor, "m d"]) -> Float[Tensor, "n 
     return torch.where(union > 0, both / union.clamp_min(1), torch.ones_like(both))
 
 # %% ../../nbs/attention/slices.ipynb #09-017b
+def _some(rows: Tensor, most: int, rng: np.random.Generator) -> Tensor:
+    "At most `most` of the rows, at random."
+    return rows if len(rows) <= most else rows[torch.as_tensor(rng.permutation(len(rows))[:most])]
+
+
 def stability(data: SliceData, max_firings: int = 200, seed: int = 0) -> pd.DataFrame:
     """Mean Jaccard index within each head (firings in different prompts) and with all other heads' firings.
 
@@ -175,7 +180,7 @@ def stability(data: SliceData, max_firings: int = 200, seed: int = 0) -> pd.Data
         if not apart.any():
             continue
         others = [m for i, (_, _, m, _) in enumerate(groups) if i != g]
-        across = jaccard(mask, torch.cat(others)).mean().item() if others else np.nan
+        across = jaccard(mask, _some(torch.cat(others), 4000, rng)).mean().item() if others else np.nan
         within = jaccard(mask, mask)[apart].mean().item()
         rows.append(
             dict(layer=layer, head=head, name=head_name(layer, head), n=len(mask), within=within, across=across)

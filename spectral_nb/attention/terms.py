@@ -15,6 +15,7 @@ from torch import Tensor
 from .activations import Activations
 from .omega import check_offset, omega_bases, omega_cores, omega_vectors
 from .pairs import Pairs, layer_index
+from ..base.checks import check_finite
 from ..models.architectures import ArchSpec
 
 # %% ../../nbs/attention/terms.ipynb #terms-004
@@ -103,6 +104,8 @@ def slice_coordinates(
         if acts.q_scale is not None:
             a[at] /= acts.q_scale[i].flatten(0, 1)[rows[0], p.head].unsqueeze(1)
             b[at] /= acts.k_scale[i].flatten(0, 1)[rows[1], p.head].unsqueeze(1)
+        if not (a[at].sum() + b[at].sum()).isfinite():
+            check_finite("slices", torch.stack([a[at], b[at]]), f"layer {layer}")
     return a, sigma, b
 
 # %% ../../nbs/attention/terms.ipynb #terms-004d

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from ..attention.activations import Activations, capture
-from ..attention.omega import OmegaSVD, omega_cache, omega_svd, qk_factors
+from ..attention.omega import OmegaSVD, omega_cache, omega_store, omega_svd, qk_factors
 from ..attention.pairs import Pairs, firings
 from ..attention.selection import select_slices
 from ..attention.terms import slice_terms
@@ -106,6 +106,7 @@ def benchmarks(
     n_repeats: int = 5, n_layers: int = 12, n_heads: int = 12, d_head: int = 64, n_prompts: int = 256
 ) -> pd.DataFrame:
     "All rows, as `timing.ratio_row` makes them."
+    omega_store.enabled = False  # what is timed is made anew each time, and not read from disk
     model = random_gpt2(n_layers, n_heads, d_head)
     return pd.DataFrame([*_svd_rows(model, n_repeats), _slice_row(model, n_repeats, n_prompts)])
 
@@ -114,6 +115,7 @@ def scaling() -> pd.DataFrame:
     "Capture, decomposition, terms and selection of all firings, over growing inputs."
 
     def call(model, batch):
+        omega_store.enabled = False
         omega_cache.clear()
         acts = capture(model, batch, z=False, logits=False)
         return select_slices(slice_terms(model, acts, firings(acts, batch)))
