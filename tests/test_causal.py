@@ -231,6 +231,95 @@ def test_single_heads_find_the_only_head_that_writes():
     assert len(table) == 8 and abs(table[1, 2]) > 1e-3 and table.drop((1, 2)).abs().max() < 1e-5
 
 
+def sharing_batch():
+    "Prompts of several lengths that begin alike, two of them the same throughout."
+    batch = toy_batch(10, 9, 4)
+    tokens = batch.tokens.clone()
+    tokens[1:6, :4] = tokens[0, :4]
+    tokens[5] = tokens[0]
+    mask = batch.attention_mask.clone()
+    mask[5] = mask[0]
+    return PromptBatch(
+        "toy", tokens * mask, mask, {"end": mask.sum(1) - 1}, batch.answer, batch.wrong, batch.text, batch.pad_token_id
+    )
+
+
+def end_margin(logits, batch):
+    "A function as metric that gets the logits at `end` alone."
+    assert logits.ndim == 2
+    return logits[:, 0] - logits[:, 1]
+
+
+end_margin.reads = "end"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_single_heads_are_whole_passes(tiny_model, architecture):
+    "Every head, mode and kind of metric, prompts that begin alike, and batches of several parts."
+    model, batch = tiny_model(architecture), sharing_batch()
+    for mode, metric in (
+        ("zero", "logit_diff"),
+        ("mean", "answer_logprob"),
+        ("resample", "logit_diff"),
+        ("zero", "loss"),
+        ("mean", end_margin),
+        ("zero", lambda logits, part: logits[:, 2, 5]),
+    ):
+        table = single_heads(model, batch, metric, mode=mode, reference=batch, seed=3)
+        assert len(table) == 8
+        for row in table.itertuples():
+            head = [(row.layer, row.head)]
+            whole = ablated_values(model, batch, head, metric, mode=mode, reference=batch, seed=3)
+            expected = (evaluate(model, batch, metric) - whole).mean() * (-1 if metric == "loss" else 1)
+            assert row.effect == pytest.approx(expected, abs=2e-5, rel=1e-4), (mode, row)
+        assert table.effect.abs().max() > 1e-3
+    one, many = (single_heads(model, batch, "logit_diff", batch_size=size) for size in (100, 3))
+    np.testing.assert_allclose(one, many, atol=1e-5)
+
+
+def test_single_heads_compute_less_and_leave_the_model_alone(tiny_model):
+    model, batch = tiny_model("llama"), sharing_batch()
+    before, rows = logits_of(model, batch.tokens), []
+    counter = model.blocks[1].mlp.gate.register_forward_hook(
+        lambda m, args, out: rows.append(out.shape[0] * out.shape[1])
+    )
+    table = single_heads(model, batch, "logit_diff", "L1H0 L1H1")
+    counter.remove()
+    assert sum(rows) <= 2 * batch.tokens.numel() + 2 * len(batch)  # two whole passes, then the last tokens alone
+    assert not any("forward" in m.__dict__ for m in model.modules()) and torch.equal(
+        before, logits_of(model, batch.tokens)
+    )
+    inside = {}
+    with ablate_heads(model, "L0H2"):
+        inside = single_heads(model, batch, "logit_diff", "L1H0").effect[0]
+        with ablate_heads(model, "L1H0"):
+            both = evaluate(model, batch, "logit_diff")
+        one = evaluate(model, batch, "logit_diff")
+    assert inside == pytest.approx((one - both).mean(), abs=1e-5) and len(table) == 2
+
+    def broken(logits, part):
+        raise KeyboardInterrupt
+
+    broken.reads = "end"
+    with pytest.raises(KeyboardInterrupt):
+        from spectral_nb.causal.head_runs import head_values
+
+        head_values(model, batch, [(1, 0)], broken, "zero", None, 0)
+    assert torch.equal(before, logits_of(model, batch.tokens))
+
+
+def test_evaluate_unembeds_what_it_reads(tiny_model):
+    model, batch, seen = tiny_model("gpt2"), toy_batch(), []
+    counter = model.unembed.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    for metric, positions in (("logit_diff", 1), ("accuracy", 1), (end_margin, 1), ("loss", batch.tokens.shape[1])):
+        seen.clear()
+        values = evaluate(model, batch, metric)
+        assert max(seen) == positions
+        if isinstance(metric, str):
+            np.testing.assert_allclose(values, metric_values(logits_of(model, batch.tokens), batch, metric), atol=1e-5)
+    counter.remove()
+
+
 def test_exact_p_counts_ranks():
     rng = np.random.default_rng(0)
     for _ in range(20):

@@ -12,11 +12,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "ablation": ["HeadReference", "ablate_heads", "reference_outputs"],
+        "attribution": ["attribute_heads"],
         "changed_runs": ["run_changed"],
         "changes": ["Changes"],
         "head_effects": ["single_heads"],
         "matched_sets": ["matched_random"],
         "metrics": ["METRICS", "evaluate", "metric_values"],
+        "rankings": ["Faithfulness", "faithfulness"],
         "set_tests": ["AblationOptions", "AblationResult", "ablation_test", "set_verdict"],
     },
 )

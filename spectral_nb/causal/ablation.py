@@ -49,7 +49,7 @@ def reference_outputs(model, batch, batch_size: int = 256) -> HeadReference:
     return HeadReference(z, z[:, real].mean(1), lengths)
 
 # %% ../../nbs/causal/ablation.ipynb #ablation-007
-def _replacement(
+def replacement(
     z: Float[Tensor, "batch pos head d_head"],
     layer: int,
     heads: list[int],
@@ -92,7 +92,7 @@ def ablate_heads(model, heads, mode: str = "zero", reference=None, seed: int = 0
 
     def replace_z(z, hook, layer):
         z = z.clone()
-        z[:, :, by_layer[layer]] = _replacement(z, layer, by_layer[layer], mode, reference, seed)
+        z[:, :, by_layer[layer]] = replacement(z, layer, by_layer[layer], mode, reference, seed)
         return z
 
     hooks = [(f"blocks.{layer}.attn.hook_z", partial(replace_z, layer=layer)) for layer in by_layer]

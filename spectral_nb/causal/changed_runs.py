@@ -18,7 +18,7 @@ from torch import Tensor
 from ..base.checks import check_int
 from ..base.progress import progress
 from .changes import Changes, change_hooks
-from .metrics import metric_values
+from .metrics import read_hooks, read_values
 from .reached import reached_modules, replaced_forwards, unchanged
 from ..models.architectures import ArchSpec
 
@@ -126,8 +126,8 @@ def run_changed(
         part = _part_changes(changes, runs, len(prompt))
         sub, seen = _part_prompts(batch, prompt[runs], part), torch.full((len(runs),), torch.nan)
         some = watch[runs] if watch is not None else torch.zeros(0, 4, dtype=torch.long)
-        hooks = change_hooks(model, part) + _watch_hooks(some, seen)
+        hooks = change_hooks(model, part) + _watch_hooks(some, seen) + read_hooks(sub, metric)
         logits = _logits(model, sub, prompt[runs], part, some, hooks, start, streams)
         at = runs.numpy()  # a tensor of one element would be taken for a number
-        metrics[at], scores[at] = metric_values(logits, sub, metric), seen.numpy()
+        metrics[at], scores[at] = read_values(logits, sub, metric), seen.numpy()
     return metrics, scores

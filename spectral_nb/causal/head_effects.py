@@ -6,26 +6,43 @@
 __all__ = ['single_heads']
 
 # %% ../../nbs/causal/head_effects.ipynb #head-effects-002
+import numpy as np
 import pandas as pd
 
-from ..base.checks import parse_heads
+from ..base.checks import check_in, parse_heads
 from ..base.intervals import bootstrap_ci
-from .ablation import ablated_values, run_once
+from .ablation import MODES, run_once
+from .head_runs import head_values
 from .metrics import evaluate, harm
 
 # %% ../../nbs/causal/head_effects.ipynb #head-effects-004
 def single_heads(
-    model, batch, metric="accuracy", heads=None, *, mode: str = "zero", reference=None, seed: int = 0
+    model,
+    batch,
+    metric="accuracy",
+    heads=None,
+    *,
+    mode: str = "zero",
+    reference=None,
+    seed: int = 0,
+    batch_size: int = 256,
 ) -> pd.DataFrame:
     """Effect of each head alone (all heads by default): columns layer, head, effect, ci_low, ci_high.
 
-    Effects are harm in the metric's unit, with 95 % bootstrap intervals over prompts. `mode` as in `ablate_heads`."""
+    Effects are harm in the metric's unit, with 95 % bootstrap intervals over prompts. `mode`, `reference` as in
+    `ablate_heads`; `batch_size` prompts at a time. Each pass starts at the head's layer (`head_runs`)."""
+    check_in("mode", mode, MODES)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     heads = [(ly, h) for ly in range(n_layers) for h in range(n_heads)] if heads is None else heads
     pairs = parse_heads(heads, n_layers=n_layers, n_heads=n_heads)
+    if mode != "zero" and reference is None:
+        raise ValueError(f"reference: mode={mode!r} needs a reference batch")
     reference = run_once(model, reference, mode)
-    baseline, rows = evaluate(model, batch, metric), []
-    for layer, head in pairs:
-        ablated = ablated_values(model, batch, [(layer, head)], metric, mode=mode, reference=reference, seed=seed)
-        rows.append((layer, head, *bootstrap_ci(harm(baseline, ablated, metric), n_resamples=500, seed=seed)))
+    baseline, parts = evaluate(model, batch, metric), []
+    for part in batch.batches(batch_size):
+        parts.append(head_values(model, part, pairs, metric, mode, reference, seed))
+    rows = []
+    for pair in pairs:
+        ablated = np.concatenate([values[pair] for values in parts])
+        rows.append((*pair, *bootstrap_ci(harm(baseline, ablated, metric), n_resamples=500, seed=seed)))
     return pd.DataFrame(rows, columns=["layer", "head", "effect", "ci_low", "ci_high"])

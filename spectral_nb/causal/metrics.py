@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..base.checks import check_in
+from ..base.checks import check_in, check_int
 from ..base.intervals import Interval, bootstrap_ci, wilson
 
 # %% ../../nbs/causal/metrics.ipynb #metrics-004
@@ -72,18 +72,58 @@ def metric_values(logits: Float[Tensor, "batch pos vocab"], batch, metric: str |
     end = logits[rows, batch.positions["end"].to(logits.device)]
     return end_values(end, batch, metric).double().cpu().numpy()
 
+# %% ../../nbs/causal/metrics.ipynb #metrics-reads
+def reads_end(metric: str | Callable) -> bool:
+    "Whether a metric reads the logits at `end` alone."
+    return getattr(metric, "reads", None) == "end" if callable(metric) else metric != "loss"
+
+
+def read_hooks(batch, metric: str | Callable) -> list:
+    "Hooks with which a pass forms the logits that the metric reads: [batch, 1, vocab] at `end`, or all."
+    if not callable(metric):
+        _checked_roles(batch, metric)
+    if not reads_end(metric):
+        return []
+
+    def cut(stream, hook):
+        rows = torch.arange(len(stream), device=stream.device)
+        return stream[rows, batch.positions["end"].to(stream.device)].unsqueeze(1)
+
+    return [("unembed.hook_in", cut)]
+
+
+def read_tensor(logits: Float[Tensor, "batch read vocab"], batch, metric: str) -> Float[Tensor, " batch"]:
+    "A named metric from the logits of a pass with `read_hooks`, with its gradient."
+    return end_values(logits[:, 0].float(), batch, metric) if reads_end(metric) else _prompt_loss(logits.float(), batch)
+
+
+def read_values(logits: Float[Tensor, "batch read vocab"], batch, metric: str | Callable) -> np.ndarray:
+    "`metric` of every prompt from the logits of a pass with `read_hooks`."
+    if not reads_end(metric):
+        return metric_values(logits, batch, metric)
+    values = metric(logits[:, 0], batch) if callable(metric) else end_values(logits[:, 0].float(), batch, metric)
+    return np.asarray(values.double().cpu() if isinstance(values, Tensor) else values, dtype=float)
+
 # %% ../../nbs/causal/metrics.ipynb #metrics-010
 def evaluate(model, batch, metric: str | Callable = "accuracy", batch_size: int = 256) -> np.ndarray:
     """`metric` of every prompt of `batch` under `model` as it is now (hooks included), `batch_size` prompts at a time.
 
-    ValueError for an empty batch and for values that are not finite."""
+    Logits are formed where the metric reads them alone. ValueError for an empty batch and for values that are not
+    finite."""
     if not len(batch):
         raise ValueError("batch: needs at least one prompt, got none")
+    check_int("batch_size", batch_size, 1)
     with torch.no_grad():
-        values = np.concatenate([metric_values(model(part.tokens), part, metric) for part in batch.batches(batch_size)])
+        values = np.concatenate([_part_values(model, part, metric) for part in batch.batches(batch_size)])
     if bad := int((~np.isfinite(values)).sum()):
         raise ValueError(f"metric: {metric} has {bad} non-finite values; the model's activations are not finite")
     return values
+
+
+def _part_values(model, part, metric) -> np.ndarray:
+    "Of one batch, through a single pass."
+    with model.hooks(fwd_hooks=read_hooks(part, metric)):
+        return read_values(model(part.tokens), part, metric)
 
 # %% ../../nbs/causal/metrics.ipynb #metrics-011
 def metric_interval(values, metric: str | Callable, **kwargs) -> Interval:

@@ -88,3 +88,22 @@ def reached_modules(model, start: int, reached: Tensor, prompt: Tensor) -> list[
             for m in modules
         ]
     return found
+
+# %% ../../nbs/causal/reached.ipynb #reached-prefix
+def prefix_ids(tokens: Int[Tensor, "prompt pos"]) -> Int[Tensor, "prompt pos"]:
+    "A number for every token that two tokens share if, and only if, their prompts are the same up to and with them."
+    ids, width = [], int(tokens.max()) + 1
+    before = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+    for pos in range(tokens.shape[1]):
+        _, before = (before * width + tokens[:, pos]).unique(return_inverse=True)
+        ids.append(before + (ids[-1].max() + 1 if ids else 0))
+    return torch.stack(ids, 1)
+
+
+def distinct_tokens(ids: Int[Tensor, "run pos"], wanted: Bool[Tensor, "run pos"]) -> _Tokens:
+    "One of every group of wanted tokens with the same number, and which of these (or the zero) each token takes."
+    flat, keep = ids.flatten(), wanted.flatten().nonzero().squeeze(1)
+    found, which = flat[keep].unique(return_inverse=True)
+    rows = keep.new_empty(len(found)).scatter(0, which, keep)
+    place = torch.full_like(flat, len(found)).index_copy(0, keep, which)
+    return rows, place
