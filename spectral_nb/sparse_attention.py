@@ -11,23 +11,16 @@ from typing import Any
 
 import pandas as pd
 
+from .attention import sparsity
 from .attention.selection import select_slices  # noqa: F401
-from spectral_nb.attention.sparsity import (
-    SliceOptions,
-    TaskSlices,
-    control_numbers,
-    measure_task,
-    task_numbers,
-    untrained_model,
-)
+from .base.arguments import check_fields
 from .base.checks import check_in, check_int
 from .base.long_tables import long_table
-from .base.paths import repo_root
+from .base.progress import progress
 from .causal.metrics import evaluate
 from .models.loading import load_model
 from .models.records import model_info
-from .prompts.batches import PromptBatch
-from .prompts.tasks import TASKS, make_batch
+from .prompts.tasks import TASKS
 
 # %% ../nbs/11_sparse_attention.ipynb #11-005
 @dataclass(frozen=True)
@@ -38,46 +31,38 @@ class SparseAttentionConfig:
     revision: str = ""  # "" is the final checkpoint
     processing: str = "folded"
     tasks: str = "ioi retrieval induction"  # separated by spaces
-    texts: str = ""  # a file for task `text`, relative to the repository; empty: stories of the grammar
-    n_prompts: int = 128
+    texts: str = ""  # a file for task `text`, relative to the repository; empty: the task's own
+    prompts: str = ""  # a file of own prompts (prompts.from_file) in place of the tasks
+    n_prompts: int = 0  # a task; 0: 128, and 32 for models of more than 64 heads
     threshold: float = 0.5  # smallest attention weight of a firing
     rule: str = "paper"  # see select_slices
     n_draws: int = 20  # random bases a head
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("model_name", "revision", "processing", "tasks", "texts", "rule"):
-            if not isinstance(getattr(self, field), str):
-                raise TypeError(f"{field} must be text, got {getattr(self, field)!r}")
+        check_fields(self)
         check_in("processing", self.processing, ("folded", "raw"))
         for task in self.tasks.split() or [""]:
             check_in("tasks", task, TASKS)
-        check_int("n_prompts", self.n_prompts, 2)
-        SliceOptions(self.threshold, self.rule, self.n_draws, self.seed)
-
-    @property
-    def options(self) -> SliceOptions:
-        return SliceOptions(self.threshold, self.rule, self.n_draws, self.seed)
-
-    def batches(self, model: Any) -> list[PromptBatch]:
-        "Prompts of every task for the model's tokenizer."
-        more = {"text": {"texts": repo_root() / self.texts}} if self.texts else {}
-        tasks = self.tasks.split()
-        return [make_batch(t, model, self.n_prompts, seed=self.seed, **more.get(t, {})) for t in tasks]
+        if self.n_prompts:
+            check_int("n_prompts", self.n_prompts, 2)
+        sparsity.SliceOptions(self.threshold, self.rule, self.n_draws, self.seed)
 
 # %% ../nbs/11_sparse_attention.ipynb #11-012
-def measure(cfg: SparseAttentionConfig) -> tuple[Any, list[TaskSlices]]:
+def measure(cfg: SparseAttentionConfig) -> tuple[Any, list[sparsity.TaskSlices]]:
     "The model, and the slices of every task."
     model = load_model(cfg.model_name, cfg.revision or None, processing=cfg.processing)
-    first, measured = untrained_model(cfg.model_name, cfg.revision, cfg.processing), []
-    for batch in cfg.batches(model):
+    first = sparsity.untrained_model(cfg.model_name, cfg.revision, cfg.processing)
+    sources = dict(texts=cfg.texts, prompts=cfg.prompts)
+    batches = sparsity.task_batches(model, cfg.tasks, cfg.n_prompts, cfg.seed, **sources)
+    options, measured = sparsity.SliceOptions(cfg.threshold, cfg.rule, cfg.n_draws, cfg.seed), []
+    for batch in progress(batches, desc="tasks"):
         accuracy = None if batch.answer is None else evaluate(model, batch, "accuracy")
-        measured.append(measure_task(model, batch, cfg.options, untrained=first, accuracy=accuracy))
+        measured.append(sparsity.measure_task(model, batch, options, untrained=first, accuracy=accuracy))
     return model, measured
 
 
 def run(cfg: SparseAttentionConfig) -> pd.DataFrame:
     "Measure every task of `cfg`; the long table."
     model, measured = measure(cfg)
-    parts = [part for m in measured for part in task_numbers(m)]
-    return long_table([*parts, control_numbers(measured, cfg.seed)], model_info(model))
+    return long_table(sparsity.sparsity_parts(measured, cfg.seed), model_info(model))

@@ -364,6 +364,29 @@ def test_slices_are_orthogonal_and_each_is_the_best_rank_one_part(seed):
     assert abs(float(s @ omega @ w)) < 1e-9 and abs(float(z @ omega @ t)) < 1e-9
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 6), st.integers(1, 6))
+def test_lemma_1(seed, m, n):
+    """Among rank-one matrices of unit Frobenius norm, x^T D y is largest for D = x y^T / (|x||y|) (arXiv 2410.00340).
+
+    Against random ones and small steps away from the best one, which lower it unless they only rescale p and q."""
+    from spectral_nb.attention.sparsity_claims import best_rank_one
+
+    draw = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(k, generator=draw, dtype=torch.float64) for k in (m, n))
+    best = best_rank_one(x, y)
+    assert float(best.norm()) == pytest.approx(1) and int(torch.linalg.matrix_rank(best)) == 1
+    largest = float(x.norm() * y.norm())
+    assert float(x @ best @ y) == pytest.approx(largest)
+    for step in (1e-3, 0.1, 10.0):
+        p, q = (v / v.norm() + step * torch.randn(len(v), generator=draw, dtype=torch.float64) for v in (x, y))
+        other = torch.outer(p / p.norm(), q / q.norm())
+        value = float(x @ other @ y)
+        assert value <= largest * (1 + 1e-12)
+        if (other - best).norm() > 1e-6:
+            assert value < largest
+
+
 # ---------------------------------------------------------------- activations and components
 
 

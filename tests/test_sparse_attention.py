@@ -13,7 +13,7 @@ from spectral_nb import sparse_attention as sa
 from spectral_nb.attention import development as dv
 from spectral_nb.attention import reading_heads as rh
 from spectral_nb.attention import sparsity as sp
-from spectral_nb.attention.sparsity_claims import claims
+from spectral_nb.attention.sparsity_claims import claim_sentences, claims
 from spectral_nb.base.long_tables import long_table
 from spectral_nb.models.records import model_info
 from spectral_nb.attention.activations import capture
@@ -217,12 +217,13 @@ def test_a_task_from_end_to_end(made, architecture):
     assert {"n_opposing", "mass_opposing", "mass_building", "jaccard_within"} <= set(table.metric)
     assert not table.duplicated(["task", "layer", "head", "metric"]).any()
     found = claims(model, [m])
-    assert (
-        len(found)
-        and found.effect.notna().all()
-        and (found.ci_low <= found.effect).all()
-        and (found.effect <= found.ci_high).all()
-    )
+    assert 5 <= len(found) <= 8 and set(found.rule) <= {"differs", "equals", "identity"}
+    assert set(found.verdict) <= {"yes", "no", "undecided"} and (found.unit != "").all()
+    bounded = found[found.rule != "identity"]
+    assert (bounded.ci_low <= bounded.effect).all() and (bounded.effect <= bounded.ci_high).all()
+    assert found[found.rule == "identity"].verdict.tolist() == ["yes"]
+    text = claim_sentences(found)
+    assert text.count("\n") == len(found) - 1 and all(f"{e:.3g}" in text for e in found.effect)
 
 
 def test_a_task_without_firings_is_an_empty_row_not_an_error(made):
@@ -291,3 +292,33 @@ def test_firings_are_those_of_the_definition(made):
                     for j in range(1, i + 1):
                         fires = acts.pattern[layer, b, h, i, j] >= 0.5 and acts.scores[layer, b, h, i, j] > 0
                         assert fires == ((b, layer, h, i, j) in found)
+
+
+def test_largest_steps_are_those_of_the_table():
+    table = pd.DataFrame(dict(task="ioi", tokens=[0, 1e6, 2e6, 3e6], n_slices=[3.0, 2.5, 4.0, 4.2]))
+    (line,) = dv.largest_steps(table)
+    assert "from 2.50 to 4.00 slices between 1.0 and 2.0 million" in line
+    assert dv.largest_steps(table.head(1)) == []
+
+
+def test_the_article_shows_results_early():
+    "Within the first ten cells, after at most 60 lines of exported code, there is a figure of results."
+    import nbformat
+
+    from spectral_nb.base.paths import repo_root
+
+    cells = nbformat.read(repo_root() / "nbs" / "11_sparse_attention.ipynb", 4).cells
+    first = next(i for i, c in enumerate(cells) if "figures.show(" in c.source)
+    assert first < 10
+    exported = [c.source for c in cells[:first] if c.source.startswith("#| export")]
+    assert sum(len([x for x in s.splitlines() if x.strip()]) for s in exported) <= 60
+
+
+def test_more_than_64_heads_get_fewer_prompts(made):
+    model, _, _ = made("gpt2")
+    assert sp.default_prompts(model) == 128
+
+    class Many:
+        original_model = type("Hf", (), {"config": conftest.tiny_hf("gpt2", n_layer=30, n_head=4).config})()
+
+    assert sp.default_prompts(Many()) == 32

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from ..base.checks import check_finite, check_int
+from ..base.progress import progress
 from ..models.architectures import ArchSpec
 from ..models.verification import qk_norm_scales
 
@@ -120,7 +121,7 @@ def capture(
     scores: bool = True,
     z: bool = True,
     logits: bool = True,
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> Activations:
     "Run the model and keep what the decomposition reads; ValueError names the layer where a number is not finite."
     spec = ArchSpec.from_model(model)
@@ -129,7 +130,7 @@ def capture(
     names = _hook_names(spec, layers, scores, z)
     wanted = {n.format(layer) for n in names.values() for layer in layers}
     chunks = []
-    for part in tokens.split(check_int("batch_size", batch_size, 1)):
+    for part in progress(tokens.split(check_int("batch_size", batch_size, 1)), desc="activations"):
         if logits:
             out, cache = model.run_with_cache(part.to(model.cfg.device), names_filter=lambda n: n in wanted)
             for name in cache:  # in the order of the pass, so that the first layer that fails is named

@@ -83,3 +83,17 @@ def dates(numbers: pd.DataFrame, overlaps: pd.DataFrame) -> pd.DataFrame:
         bounds = dict(lead=last - first, low=jump["before"] - first, high=last - direction["before"])
         rows.append(dict(head=name, task=task, direction=direction["revision"], accuracy=jump["revision"], **bounds))
     return pd.DataFrame(rows, columns=["head", "task", "direction", "accuracy", "lead", "low", "high"])
+
+# %% ../../nbs/attention/development.ipynb #dev-005b
+def largest_steps(numbers: pd.DataFrame) -> list[str]:
+    "For every task, a Markdown line with the largest change of the mean |S| between neighbouring checkpoints."
+    lines = []
+    for task, rows in numbers.groupby("task", sort=False):
+        rows = rows.dropna(subset="n_slices").sort_values("tokens")
+        if len(rows) < 2:
+            continue
+        at = int(rows.n_slices.diff().abs().iloc[1:].argmax()) + 1
+        (before, after), (start, end) = rows.n_slices.iloc[at - 1 : at + 1], rows.tokens.iloc[at - 1 : at + 1] / 1e6
+        change = f"from {before:.2f} to {after:.2f} slices between {start:.1f} and {end:.1f} million tokens"
+        lines.append(f"- {task}: the mean |S| of a firing changes most {change}.")
+    return lines

@@ -18,8 +18,8 @@ from .slices import SliceData, signal_to_clutter
 # %% ../../nbs/attention/figures.ipynb #09-005
 def terms_figure(named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     "(1) Contribution of each slice to a score: `title -> (terms, mask)`, the signal set in colour."
-    fig, axes = figure(1, len(named), width=4.2 * len(named), height=2.8, squeeze=False)
-    for ax, (title, (terms, mask)) in zip(axes[0], named.items(), strict=True):
+    fig, axes = figure(len(named), 1, width=5.2, height=2.6 * len(named), squeeze=False)
+    for ax, (title, (terms, mask)) in zip(axes[:, 0], named.items(), strict=True):
         terms, mask = np.asarray(terms, dtype=float), np.asarray(mask)
         colors = np.where(mask, COLORS[0], "#bbbbbb")
         ax.bar(np.arange(len(terms)), terms, color=colors)
@@ -34,8 +34,8 @@ def terms_figure(named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 # %% ../../nbs/attention/figures.ipynb #09-005b
 def use_figure(named: Mapping[str, SliceData], layer: int, head: int, max_prompts: int = 60) -> Figure:
     "(2, 8) Share of a head's scores in each prompt whose signal set holds each slice: `title -> data`."
-    fig, axes = figure(1, len(named), width=4.2 * len(named), height=3.2, squeeze=False, sharey=True)
-    for ax, (title, data) in zip(axes[0], named.items(), strict=True):
+    fig, axes = figure(len(named), 1, width=5.2, height=2.8 * len(named), squeeze=False)
+    for ax, (title, data) in zip(axes[:, 0], named.items(), strict=True):
         at = (data.pairs.layer == layer) & (data.pairs.head == head)
         prompts, mask = data.pairs.prompt[at], data.mask[at].double()
         some = prompts.unique()[:max_prompts].tolist()
@@ -43,10 +43,9 @@ def use_figure(named: Mapping[str, SliceData], layer: int, head: int, max_prompt
             np.stack([mask[prompts == p].mean(0).numpy() for p in some], 1) if some else np.zeros((mask.shape[1], 1))
         )
         drawn = ax.imshow(image, aspect="auto", vmin=0, vmax=1, interpolation="none")
-        ax.set(xlabel="prompt", title=f"{head_name(layer, head)}, {title} ({int(at.sum())} scores)")
+        ax.set(xlabel="prompt", ylabel="slice", title=f"{head_name(layer, head)}, {title} ({int(at.sum())} scores)")
         ax.grid(False)
-    axes[0, 0].set_ylabel("slice")
-    fig.colorbar(drawn, ax=axes[0, -1], label="share of scores using it")
+    fig.colorbar(drawn, ax=axes[:, 0], label="share of scores using it")
     return fig
 
 # %% ../../nbs/attention/figures.ipynb #09-005c
@@ -63,19 +62,56 @@ def size_figure(sizes: Mapping[str, np.ndarray], d_head: int) -> Figure:
     ax.set_ylabel("share of firings")
     return fig
 
+# %% ../../nbs/attention/figures.ipynb #fig-counts
+_COUNTS = {
+    "firing": "{}",
+    "random basis": "random_{}",
+    "other key": "shuffled_{}",
+    "untrained": "untrained_{}",
+    "not firing": "not_firing_{}",
+}
+
+
+def counts_figure(table: pd.DataFrame, title: str = "") -> Figure:
+    "Mean share of slices in S and for 90 % of the score, firings beside their controls: a long table, a panel a task."
+    whole = table[table.layer.isna()].pivot_table(index="task", columns="metric", values="value", sort=False)
+    known = {name: f for name, f in _COUNTS.items() if name != "untrained" or "untrained_slices" in whole}
+    fig, axes = figure(len(whole), 1, width=5.2, height=0.6 + 1.7 * len(whole), squeeze=False, sharex=True)
+    for ax, (task, row) in zip(axes[:, 0], whole.iterrows(), strict=True):
+        for names, marker, label, color in _SERIES:
+            keys = [form.format(names[form == "{}" or form.startswith("not")]) for form in known.values()]
+            shares = [row.get(key, np.nan) / row.d_head for key in keys]
+            ax.plot(shares, -np.arange(len(keys)), marker, color=color, label=label)
+        ax.set_yticks(-np.arange(len(known)), list(known))
+        ax.set(title=f"{title} {task}, {int(row.n_firings)} firings".strip(), ylim=(-len(known) + 0.5, 0.5))
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    axes[-1, 0].set_xlabel("mean share of the head's slices")
+    axes[-1, 0].set_xlim(left=0)
+    return fig
+
+
+_SERIES = (
+    (("slices", "n_slices"), "o", "|S|", COLORS[0]),
+    (("90", "n_90"), "D", "90 % of the building terms", COLORS[1]),
+)
+
 # %% ../../nbs/attention/figures.ipynb #09-009
+_MOST_BARS = 24  # components with the largest contributions
+
+
 def upstream_figure(labels: list[str], contributions: np.ndarray, title: str) -> Figure:
     "(4) Contributions of the components to one score, `[2 (set: S_ij, all), component]`; all slices above, S_ij below."
-    fig, axes = figure(2, 1, width=7.2, height=4.2, sharex=True)
-    for ax, values, name in zip(
-        axes, np.asarray(contributions, dtype=float)[::-1], ("all slices", "slices of S"), strict=True
-    ):
+    both = np.asarray(contributions, dtype=float)[::-1]
+    shown = np.sort(np.argsort(-np.abs(both).max(0))[:_MOST_BARS])
+    fig, axes = figure(2, 1, width=5.2, height=4.6, sharex=True)
+    for ax, values, name in zip(axes, both, ("all slices", "slices of S"), strict=True):
         ratio = signal_to_clutter(torch.as_tensor(values)).item()
-        ax.bar(np.arange(len(values)), values, color=[COLORS[1] if v == values.max() else COLORS[0] for v in values])
+        colors = [COLORS[1] if v == values.max() else COLORS[0] for v in values[shown]]
+        ax.bar(np.arange(len(shown)), values[shown], color=colors)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.set(title=f"{title}: {name}, signal-to-clutter {ratio:.1f}", ylabel="contribution")
         ax.grid(False, axis="x")
-    axes[-1].set_xticks(np.arange(len(labels)), labels, rotation=70)
+    axes[-1].set_xticks(np.arange(len(shown)), [labels[i] for i in shown], rotation=90)
     return fig
 
 # %% ../../nbs/attention/figures.ipynb #09-009b
@@ -103,12 +139,12 @@ def control_figure(table: pd.DataFrame) -> Figure:
 
 def development_figure(table: pd.DataFrame) -> Figure:
     "By checkpoint and task: `n_slices n_90 jaccard_within accuracy` against `tokens`."
-    fig, axes = figure(2, 2, width=8.4, height=5.0, sharex=True)
+    fig, axes = figure(4, 1, width=5.2, height=8.0, sharex=True)
     names = dict(n_slices="|S|", n_90="slices for 90 %", jaccard_within="Jaccard within head", accuracy="accuracy")
     for ax, (column, label) in zip(axes.flat, names.items(), strict=True):
         plot_lines(table.assign(tokens=table.tokens / 1e6), "tokens", column, hue="task", ax=ax)
-        ax.set(ylabel=label, xlabel="million tokens")
-        if column != "accuracy":
+        ax.set(ylabel=label, xlabel="million tokens" if column == "accuracy" else "")
+        if column != "n_slices":
             ax.get_legend().remove()
     return fig
 
@@ -116,8 +152,8 @@ def development_figure(table: pd.DataFrame) -> Figure:
 def direction_figure(overlaps: pd.DataFrame, development: pd.DataFrame) -> Figure:
     "Overlap with the final direction, its chance level, and the task's accuracy, by `label` (task, head)."
     labels = list(dict.fromkeys(overlaps.label))
-    fig, axes = figure(1, len(labels), width=3.6 * len(labels), height=3.0, squeeze=False, sharey=True)
-    for ax, label in zip(axes[0], labels, strict=True):
+    fig, axes = figure(len(labels), 1, width=5.2, height=2.4 * len(labels), squeeze=False, sharex=True)
+    for ax, label in zip(axes[:, 0], labels, strict=True):
         rows, (task, name) = overlaps[overlaps.label == label], label.split()
         ax.plot(rows.tokens / 1e6, rows["overlap"], "o-", color=COLORS[0], label="overlap with the final direction")
         ax.plot(rows.tokens / 1e6, rows.chance, ":", color=COLORS[0], label="other heads' overlap")

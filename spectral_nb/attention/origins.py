@@ -20,6 +20,7 @@ from .omega import omega_svd
 from .terms import combine_vectors
 from ..base.checks import check_int
 from ..base.intervals import Interval, bootstrap_ci
+from ..base.progress import progress
 from ..models.architectures import ArchSpec
 from ..models.loading import load_model
 from ..models.revisions import list_revisions, revision_tokens
@@ -30,11 +31,13 @@ from .spectra import subspace_overlap
 def upstream_contributions(model: Any, tokens: Any, data: SliceData, layer: int) -> tuple[list[str], Tensor]:
     """Labels of the components before `layer`, and their contributions `[set, side, n, component]` (equation 8).
 
+    `tokens` may be the first prompts alone, if `data` holds no pairs of others.
+
     Set 0 is S_ij, 1 all slices; side 0 is the destination token, 1 the source; n are the layer's pairs in `data`."""
     at = (data.pairs.layer == layer).nonzero().squeeze(1)
     pairs, sign = data.pairs[at], torch.where(data.a[at] < 0, -1.0, 1.0)
     parts = component_outputs(model, tokens, layer)
-    scale, out = data.acts.ln_scale[data.acts.index(layer)], []
+    scale, out = data.acts.ln_scale[data.acts.index(layer)][: parts.values.shape[1]], []
     read = through_norm(model, layer, parts.values, scale)  # [component batch pos d_model]
     for mask in (data.mask[at], torch.ones_like(data.mask[at])):
         weights = mask * sign * data.sigma[at].sqrt()
@@ -50,33 +53,38 @@ def upstream_contributions(model: Any, tokens: Any, data: SliceData, layer: int)
     return parts.labels, torch.stack(out)
 
 # %% ../../nbs/attention/origins.ipynb #09-005b
-def clutter_gain(model: Any, tokens: Any, data: SliceData, seed: int = 0) -> pd.DataFrame:
-    "By layer and side: geometric mean of (signal-to-clutter with S_ij over with all slices), interval over prompts."
-    rows = []
-    for layer in data.pairs.layer.unique().tolist():
-        if layer == 0:
-            continue  # only the embeddings are upstream
-        _, values = upstream_contributions(model, tokens, data, layer)
-        prompt = data.pairs.prompt[data.pairs.layer == layer].cpu().numpy()
-        ratios = signal_to_clutter(values).double().clamp_min(1e-3).log()  # [set side n]
+def clutter_ratios(
+    model: Any,
+    batch: Any,
+    data: SliceData,
+    n_prompts: int = 16,  # the first ones alone: every component of every layer is held for them
+    n_layers: int = 4,  # evenly chosen among those with firings, the first layer of the model left out
+) -> pd.DataFrame:
+    "One row a firing and side: prompt, layer, name, signal-to-clutter with the `selected` and with `all_slices`."
+    few, tokens = data[data.pairs.prompt < n_prompts], batch.tokens[:n_prompts]
+    layers = [layer for layer in few.pairs.layer.unique().tolist() if layer > 0]
+    chosen = sorted({layers[round(i)] for i in np.linspace(0, len(layers) - 1, n_layers)}) if layers else []
+    parts = []
+    for layer in progress(chosen, desc="upstream contributions"):
+        _, values = upstream_contributions(model, tokens, few, layer)
+        ratios = signal_to_clutter(values).double().clamp_min(1e-3).cpu().numpy()  # [set side n]
+        prompt = few.pairs.prompt[few.pairs.layer == layer].cpu().numpy()
         for side, name in enumerate(("destination", "source")):
-            gain = bootstrap_ci(
-                (ratios[0, side] - ratios[1, side]).cpu().numpy(), groups=prompt, n_resamples=1000, seed=seed
-            )
-            mean = [float(r.exp().median()) for r in ratios[:, side]]
-            rows.append(
-                dict(
-                    layer=layer,
-                    side=name,
-                    n=len(prompt),
-                    selected=mean[0],
-                    all_slices=mean[1],
-                    gain=np.exp(gain.estimate),
-                    gain_low=np.exp(gain.low),
-                    gain_high=np.exp(gain.high),
-                )
-            )
-    return pd.DataFrame(rows, columns=["layer", "side", "n", "selected", "all_slices", "gain", "gain_low", "gain_high"])
+            columns = dict(selected=ratios[0, side], all_slices=ratios[1, side])
+            parts.append(pd.DataFrame(dict(layer=layer, side=name, prompt=prompt, **columns)))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_RATIO_COLUMNS)
+
+
+_RATIO_COLUMNS = ["layer", "side", "prompt", "selected", "all_slices"]
+
+
+def clutter_gain(ratios: pd.DataFrame, seed: int = 0) -> Interval | None:
+    "Geometric mean of selected over all slices, interval over prompts; None for an empty table."
+    if not len(ratios):
+        return None
+    logs = np.log(ratios.selected.to_numpy(float) / ratios.all_slices.to_numpy(float))
+    found = bootstrap_ci(logs, groups=ratios.prompt.to_numpy(), n_resamples=1000, seed=seed)
+    return Interval(*np.exp([*found]))
 
 # %% ../../nbs/attention/origins.ipynb #09-008
 def consensus_slices(data: SliceData, layer: int, head: int, share: float = 0.5, min_firings: int = 2) -> list[int]:
@@ -166,7 +174,7 @@ def directions_through_training(
     final = load_model(name, processing=processing)
     n_heads = ArchSpec.from_model(final).n_heads
     ends = {label: omega_svd(final, [layer], offset) for label, (layer, _, _, offset) in heads.items()}
-    for revision in revisions:
+    for revision in progress(revisions, desc="checkpoints"):
         model = load_model(name, revision, processing=processing)
         stamp = dict(revision=revision, tokens=tokens[revision])
         more.append(stamp | measure(model, revision))

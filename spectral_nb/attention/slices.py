@@ -20,6 +20,7 @@ from .pairs import Pairs, firings, valid_pairs
 from .selection import select_slices
 from .terms import slice_coordinates
 from ..base.checks import check_int, head_name
+from ..base.progress import progress
 
 # %% ../../nbs/attention/slices.ipynb #09-005
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def random_basis_counts(
     "Sizes of the signal sets, by rule, when each score is split in random orthonormal bases of the head's subspaces."
     counts = {rule: np.zeros((n_draws, len(data))) for rule in rules}
     target = (data.sigma * data.b).double()
-    for layer, head, at in _head_groups(data.pairs):
+    for layer, head, at in progress(list(_head_groups(data.pairs)), desc="random bases"):
         P = random_bases(data.a.shape[1], n_draws, seed + 1009 * layer + head).to(data.a.device)
         for draw in range(n_draws):
             terms = (data.a[at].double() @ P[draw]) * (target[at] @ P[draw])
@@ -175,7 +176,7 @@ def stability(data: SliceData, max_firings: int = 200, seed: int = 0) -> pd.Data
         at = at[torch.as_tensor(rng.permutation(len(at))[:max_firings]).to(at.device)]
         groups.append((layer, head, data.mask[at], data.pairs.prompt[at]))
     rows = []
-    for g, (layer, head, mask, prompt) in enumerate(groups):
+    for g, (layer, head, mask, prompt) in progress(list(enumerate(groups)), desc="stability"):
         apart = prompt[:, None] != prompt
         if not apart.any():
             continue

@@ -25,9 +25,12 @@ from spectral_nb.attention.slices import (
 )
 from ..base.checks import check_float, check_int
 from ..base.intervals import bootstrap_ci
+from ..base.paths import repo_root
+from ..models.architectures import ArchSpec
 from ..models.loading import load_model
 from ..models.revisions import list_revisions
 from ..prompts.batches import PromptBatch
+from ..prompts.tasks import make_batch
 
 # %% ../../nbs/attention/sparsity.ipynb #spa-005
 CONTROLS = ("random", "shuffled", "untrained")
@@ -48,6 +51,33 @@ class SliceOptions:
         select_slices([1.0], self.rule)
         check_int("n_draws", self.n_draws, 1)
         check_int("seed", self.seed, 0)
+
+# %% ../../nbs/attention/sparsity.ipynb #spa-005b
+_MANY_HEADS = 64
+
+
+def default_prompts(model: Any) -> int:
+    "Prompts a task where nobody said how many: 128, and 32 for models of more than 64 heads."
+    spec = ArchSpec.from_model(model)
+    return 32 if spec.n_layers * spec.n_heads > _MANY_HEADS else 128
+
+
+def task_batches(
+    model: Any,
+    tasks: str,  # names, separated by spaces
+    n_prompts: int = 0,  # 0: `default_prompts`
+    seed: int = 0,
+    *,
+    texts: str = "",  # a file for task `text`, relative to the repository
+    prompts: str = "",  # a file of own prompts, in place of the tasks; relative to the repository
+) -> list[PromptBatch]:
+    "Prompts of every task for the model's tokenizer, or those of a file."
+    if prompts:
+        from spectral_nb.prompts.own_prompts import from_file
+
+        return [from_file(model, repo_root() / prompts)]
+    n, more = n_prompts or default_prompts(model), {"text": {"texts": repo_root() / texts}} if texts else {}
+    return [make_batch(task, model, n, seed=seed, **more.get(task, {})) for task in tasks.split()]
 
 # %% ../../nbs/attention/sparsity.ipynb #spa-006
 @dataclass(frozen=True)
@@ -83,7 +113,7 @@ def measure_task(
 ) -> TaskSlices:
     "Slices of a batch and its controls."
     o = options or SliceOptions()
-    acts = capture(model, batch, logits=False)
+    acts = capture(model, batch, logits=False, z=False)
     data = measure_slices(model, batch, acts=acts, threshold=o.threshold, rule=o.rule)
     quiet = measure_slices(model, batch, non_firings(acts, data.pairs, o.threshold, o.seed), acts=acts, rule=o.rule)
     table = pair_table(data).assign(**_control_counts(model, batch, data, o, untrained))
@@ -136,7 +166,7 @@ def task_numbers(m: TaskSlices) -> list[pd.DataFrame]:
     heads = head_table(m.data).melt(["layer", "head", "name"], var_name="metric").assign(task=m.task)
     counts = [c for c in m.table.columns if c.startswith(tuple(f"{c}_" for c in CONTROLS))]
     whole = m.table[[*_MEANS, *counts]].mean()
-    whole["n_firings"] = len(m.data)
+    whole["n_firings"], whole["d_head"] = len(m.data), m.data.a.shape[1]
     if m.accuracy is not None:
         whole["accuracy"] = m.accuracy.mean()
     quiet = pair_table(m.quiet)[["n_slices", "n_90"]].mean().rename(lambda c: f"not_firing_{c}")
@@ -151,6 +181,11 @@ def control_numbers(measured: list[TaskSlices], seed: int = 0) -> pd.DataFrame:
     return table.assign(metric="more_" + table.control + "_" + table["count"])[["task", "metric", *names, "n"]].rename(
         columns=names
     )
+
+# %% ../../nbs/attention/sparsity.ipynb #spa-012b
+def sparsity_parts(measured: list[TaskSlices], seed: int = 0) -> list[pd.DataFrame]:
+    "All numbers of several tasks, as parts of a long table."
+    return [*(part for m in measured for part in task_numbers(m)), control_numbers(measured, seed)]
 
 # %% ../../nbs/attention/sparsity.ipynb #spa-013
 def sparsity_summary(measured: list[TaskSlices]) -> pd.DataFrame:

@@ -79,7 +79,7 @@ def sections_table(n_claims: int = 2) -> pd.DataFrame:
                     row.claim,
                     interval_text(row),
                     "" if published is None or published == "" or pd.isna(published) else published,
-                    "yes" if row.holds else "no",
+                    row.verdict if hasattr(row, "verdict") else "yes" if row.holds else "no",
                 )
             )
     return pd.DataFrame(rows, columns=["section", "question", "claim", "here", "published", "holds"])

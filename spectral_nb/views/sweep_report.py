@@ -157,8 +157,17 @@ def plot_claims(claims: pd.DataFrame) -> Figure | None:
     fig, ax = figure(width=min(14.0, 5.2 + 1.0 * len(runs)), height=1.2 + 0.3 * len(names))
     for row in claims.itertuples():
         i, j = names.index(row.claim), runs.index(row.run)
-        held = None if pd.isna(row.holds) else str(row.holds).lower()
-        shade[i, j] = {"true": 1.0, "1.0": 1.0, "1": 1.0, "false": 0.0, "0.0": 0.0, "0": 0.0}.get(held, np.nan)
+        held = str(getattr(row, "verdict", None) or getattr(row, "holds", None)).lower()
+        shade[i, j] = {
+            "yes": 1.0,
+            "true": 1.0,
+            "1.0": 1.0,
+            "1": 1.0,
+            "no": 0.0,
+            "false": 0.0,
+            "0.0": 0.0,
+            "0": 0.0,
+        }.get(held, np.nan)
         if pd.notna(row.effect) and len(runs) <= 20:
             ax.text(j, i, f"{row.effect:.3g}", ha="center", va="center", fontsize=8)
     ax.imshow(np.ma.masked_invalid(shade), cmap=ListedColormap(["#f2b48c", "#9fd4b8"]), vmin=0, vmax=1, aspect="auto")
