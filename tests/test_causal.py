@@ -385,9 +385,18 @@ def test_verdict_needs_controls_and_an_interval():
     assert set_verdict(Interval(0.4, 0.3, 0.5), [0.5, 0.1, 0.0], selective=True) == "correlate"
 
 
-def test_non_finite_models_are_refused(tiny_model):
+@pytest.mark.parametrize("metric", ["logit_diff", "accuracy"])
+def test_non_finite_models_are_refused_with_the_layer(tiny_model, metric):
+    "Accuracy too: the first of a row of NaN is word 0, which would be a wrong answer without a word."
     model, batch = tiny_model("gpt2"), toy_batch()
-    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * float("nan"))]):
-        with pytest.raises(ValueError, match="not finite"):
-            evaluate(model, batch, "logit_diff")
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: z * float("nan"))]):
+        for measured in (evaluate, single_heads):
+            with pytest.raises(ValueError, match="layer 1"):
+                measured(model, batch, metric)
+        with pytest.raises(ValueError, match="layer 1"):
+            ablation_test(model, batch, "L0H0", metric, n_draws=1)
+    with torch.no_grad():
+        model.blocks[0].mlp.out.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="layer 0"):
+        evaluate(model, batch, metric)
     assert D_VOCAB > batch.tokens.max()

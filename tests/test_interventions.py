@@ -1,6 +1,7 @@
 "Interventions on traced edges, against one forward pass for each edge and kind."
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import random_tokens, tiny_hf
@@ -143,7 +144,8 @@ def test_local_score_change_is_bilinear(architecture):
 def test_planted_edges_are_causal_and_random_slices_are_not():
     for name in ("induction", "inhibition", "grouped"):
         p = planted(name, 5)
-        table = edge_interventions(p.model, p.batch, trace(p.model, p.batch, p.roots))
+        edges = trace(p.model, p.batch, p.roots)
+        table = pd.concat([edge_interventions(p.model, p.batch, edges, seed=seed) for seed in range(4)])
         effect = table.groupby(["upstream", "token", "action", "scope", "slices"], observed=True)["effect"].mean()
         assert (effect.xs("ablate", level="action").xs("traced", level="slices") < -1).all()
         assert (effect.xs("random", level="slices").abs() < 0.3).all()
@@ -152,13 +154,23 @@ def test_planted_edges_are_causal_and_random_slices_are_not():
 def test_batch_size_changes_nothing():
     model = peaked("gpt2")
     batch, edges = traced(model)
-    keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream", "action", "scope"]
-    kinds = [k for k in INTERVENTIONS if k[2] == "traced"]
-    one, two = (
-        edge_interventions(model, batch, edges, kinds=kinds, batch_size=b).sort_values(keys)["effect"].to_numpy()
-        for b in (2, 500)
-    )
-    np.testing.assert_allclose(one, two, atol=1e-4)
+    "Nor does the order of the rows, or which other edges there are: random slices belong to the edge and the seed."
+    keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream", "action", "scope", "slices"]
+
+    def effects(edges, **how):
+        table = edge_interventions(model, batch, edges, **how)
+        return table.assign(upstream=table["upstream"].astype(str), token=table["token"].astype(str)).set_index(keys)[
+            "effect"
+        ]
+
+    one = effects(edges, batch_size=500).sort_index()
+    assert one.xs("random", level="slices").abs().max() > 1e-3
+    for other in (effects(edges, batch_size=2), effects(edges[::-1]), effects(edges.sample(frac=1, random_state=1))):
+        np.testing.assert_allclose(one, other.sort_index(), atol=1e-4)
+    some = effects(edges[edges["prompt"] == edges["prompt"].max()]).sort_index()
+    np.testing.assert_allclose(some, one.loc[some.index], atol=1e-4)
+    seeds = [effects(edges, seed=s, kinds=[("ablate", "local", "random")]).to_numpy() for s in (0, 1)]
+    assert np.abs(seeds[0] - seeds[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo", "llama", "qwen3", "olmoe"])
@@ -239,9 +251,8 @@ def test_no_change_changes_nothing():
 
 
 def test_random_slices():
-    g = torch.Generator().manual_seed(0)
     mask = torch.tensor([[True, False, False, False, False], [True, True, True, True, False]])
-    drawn = random_slices(mask, torch.ones_like(mask), g)
+    drawn = random_slices(mask, torch.ones_like(mask), torch.rand(2, 5))
     assert drawn.sum(-1).tolist() == [1, 1] and not (drawn & mask).any()
     assert drawn[1].tolist() == [False] * 4 + [True]
 
@@ -274,6 +285,22 @@ def test_bad_input():
     with pytest.raises(ValueError, match="L0.mlp"):
         edge_interventions(p.model, p.batch, edges.assign(upstream="L0.mlp", upstream_head=-1))
     assert len(edge_interventions(p.model, p.batch, edges[:0])) == 0
+    for size in (-1, 0):
+        with pytest.raises(ValueError, match="batch_size"):
+            edge_interventions(p.model, p.batch, edges, batch_size=size)
+    with pytest.raises(ValueError, match="acausal"):
+        edge_interventions(p.model, p.batch, edges.assign(k_pos=edges["q_pos"] + 0, q_pos=edges["k_pos"]))
+    with pytest.raises(ValueError, match="acausal"):
+        edge_interventions(p.model, p.batch, edges.assign(upstream_layer=edges["layer"]))
+    with pytest.raises(ValueError, match="position"):
+        edge_interventions(p.model, p.batch, edges.assign(position=0))
+    with pytest.raises(ValueError, match="does not have"):
+        edge_interventions(p.model, p.batch.subset([0]), edges)
+    turned = p.batch.subset([1, 0])
+    if not torch.equal(turned.tokens, p.batch.tokens):
+        moved = edges.assign(attention=0.3)
+        with pytest.raises(ValueError, match="another batch"):
+            edge_interventions(p.model, p.batch, moved)
     raw = from_hf(tiny_hf("gpt2"), processing="raw")
     with pytest.raises(ValueError, match="folded"):
         edge_interventions(raw, p.batch, edges)

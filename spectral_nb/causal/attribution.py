@@ -18,7 +18,7 @@ from ..base.checks import check_in, check_int
 from ..base.intervals import bootstrap_ci
 from .ablation import MODES, replacement, run_once
 from .head_effects import single_heads
-from .metrics import read_hooks, read_tensor
+from .metrics import read_hooks, read_tensor, refuse_layers
 
 # %% ../../nbs/causal/attribution.ipynb #attribution-004
 METHODS = ("atp", "atp-ig", "exact")
@@ -42,6 +42,8 @@ def gate_gradients(
     hooks = [(f"blocks.{i}.attn.hook_z", lambda z, hook, layer=i: gated(z, hook, layer)) for i in range(n_layers)]
     with torch.enable_grad(), model.hooks(fwd_hooks=[*hooks, *read_hooks(part, metric)]):
         values = read_tensor(model(part.tokens.to(model.cfg.device)), part, metric)
+        if not values.sum().isfinite():
+            refuse_layers(model, part.tokens)
         (gradient,) = torch.autograd.grad(values.sum(), gates)
     return gradient, values.detach()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention.activations import Activations, capture
 from ..attention.pairs import Pairs, pair_scores
-from ..base.checks import check_in
+from ..base.checks import check_in, check_int, head_name
 from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
 from ..causal.metrics import metric_values
@@ -45,13 +45,27 @@ class Part:
     metric: np.ndarray
 
 
+def _refuse_other_attention(acts: Activations, edges: pd.DataFrame) -> None:
+    "ValueError where the attention that a trace noted is not what the heads do here: edges of another batch."
+    if "attention" not in edges:
+        return
+    layer, prompt, head, q, k = index_tensors(edges, "layer", "prompt", "head", "q_pos", "k_pos")
+    off = (acts.pattern[layer, prompt, head, q, k].cpu() - torch.tensor(np.array(edges["attention"]))).abs() > 1e-2
+    if off.any():
+        row = edges.iloc[int(off.nonzero()[0])]
+        raise ValueError(
+            f"edges: of another batch: {int(off.sum())} of {len(edges)} rows note an attention that is not there, "
+            f"such as {row['attention']:.2f} of {head_name(row['layer'], row['head'])} in prompt {row['place']}"
+        )
+
+
 @torch.inference_mode()
 def intervened_parts(model, batch, edges: pd.DataFrame, metric, batch_size: int) -> Iterable[Part]:
     "Batches of prompts that have edges, with their unchanged activations and metrics."
     layers = range(ArchSpec.from_model(model).n_layers)
     before = [*(f"blocks.{layer}.hook_resid_pre" for layer in layers), f"blocks.{layers[-1]}.hook_resid_post"]
     written = [f"blocks.{layer}.hook_attn_out" for layer in layers]
-    for start in range(0, len(batch), batch_size):
+    for start in range(0, len(batch), check_int("batch_size", batch_size, 1)):
         rows = edges[(edges["prompt"] >= start) & (edges["prompt"] < start + batch_size)]
         if rows.empty:
             continue
@@ -60,7 +74,9 @@ def intervened_parts(model, batch, edges: pd.DataFrame, metric, batch_size: int)
         logits, cache = model.run_with_cache(tokens, names_filter=lambda n: n in (*before, *written))
         streams = torch.stack([cache[name] for name in before])
         residual = torch.stack([stream + cache[name] for stream, name in zip(streams, written)]).float()
-        acts, local = capture(model, part, logits=False), rows.assign(prompt=rows["prompt"] - start)
+        acts = capture(model, part, logits=False)
+        local = rows.assign(place=rows["prompt"], prompt=rows["prompt"] - start)
+        _refuse_other_attention(acts, local)
         yield Part(local, part, acts, streams, residual, metric_values(logits, part, metric))
 
 # %% ../../nbs/tracing/interventions.ipynb #interventions-006
@@ -142,10 +158,12 @@ def edge_interventions(
 
     `kinds`: some of `INTERVENTIONS`. Adds columns action, scope, slices, n_slices, metric_before, metric_after, effect,
     score_before, score_after, score_effect (scores over sqrt(d_head), of the downstream head), cosine and norm_ratio of
-    the touched residual. ValueError for edges of other weights and for components that are no heads."""
-    edges, kinds, tables = checked_edges(model, edges), checked_kinds(kinds), []
-    for number, part in enumerate(intervened_parts(model, batch, edges, metric, batch_size)):
-        vectors = edge_vectors(model, part.acts, part.edges, rule=rule, seed=seed + number)
+    the touched residual. Random slices belong to the edge and `seed`. ValueError for edges of other weights or another
+    batch, acausal ones, and components that are no heads."""
+    edges, kinds, tables = checked_edges(model, batch, edges), checked_kinds(kinds), []
+    check_int("seed", seed, 0)
+    for part in intervened_parts(model, batch, edges, metric, batch_size):
+        vectors = edge_vectors(model, part.acts, part.edges, rule=rule, seed=seed)
         table = _part_table(model, part, vectors, kinds, metric, batch_size)
         table["prompt"] = np.tile(edges.loc[part.edges.index, "prompt"].to_numpy(), len(kinds))
         tables.append(table)

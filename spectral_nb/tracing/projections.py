@@ -8,6 +8,7 @@ __all__ = ['INTERVENTIONS']
 # %% ../../nbs/tracing/projections.ipynb #projections-002
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..attention.activations import Activations
 from ..attention.pairs import Pairs
 from ..attention.terms import slice_coordinates, slice_vectors
+from ..base.checks import head_name
 from ..models.architectures import ArchSpec
 from ..models.heads import head_weights
 from ..models.records import model_info
@@ -50,8 +52,8 @@ EDGE_KEYS = (
 )
 
 
-def checked_edges(model, edges: pd.DataFrame) -> pd.DataFrame:
-    "Edges with a row index, if they are of this model and between heads."
+def checked_edges(model, batch, edges: pd.DataFrame) -> pd.DataFrame:
+    "Edges with a row index, if they are of this model, between heads, causal and inside the batch's prompts."
     info = model_info(model)
     check_edges(edges, EDGE_KEYS)
     if info.processing != "folded":
@@ -63,20 +65,52 @@ def checked_edges(model, edges: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(
             f"edges: {', '.join(other)} are no heads; intervene on edges of a trace with components='heads'"
         )
+    _refuse_rows(edges, batch)
     return edges.reset_index(drop=True)
+
+
+def _refuse_rows(edges: pd.DataFrame, batch) -> None:
+    "ValueError for the first row that no trace of this batch can hold."
+    token = np.where(edges["token"] == "source", edges["k_pos"], edges["q_pos"])
+    prompt, lengths = edges["prompt"].to_numpy(int), batch.lengths.cpu().numpy()
+    inside = (prompt >= 0) & (prompt < len(batch))
+    short = ~inside | (edges["q_pos"].to_numpy() >= lengths[np.where(inside, prompt, 0)])
+    acausal = (edges["k_pos"] > edges["q_pos"]) | (edges["k_pos"] < 0) | (edges["upstream_layer"] >= edges["layer"])
+    problems = {
+        f"names a prompt or token that the batch of {len(batch)} prompts does not have; trace this batch": short,
+        "is acausal: its source lies behind its destination, or its upstream head is in no earlier layer": acausal,
+        "has a position that is neither its destination nor its source as `token` says": edges["position"] != token,
+    }
+    for problem, bad in problems.items():
+        if np.any(bad):
+            row = edges[np.asarray(bad)].iloc[0]
+            name = f"{row['upstream']} > {head_name(row['layer'], row['head'])} in prompt {row['prompt']}"
+            raise ValueError(f"edges: {name} {problem}")
 
 
 def index_tensors(rows: pd.DataFrame, *columns: str) -> list[Tensor]:
     "Columns of a table as integer tensors."
-    return [torch.tensor(rows[c].to_numpy(), dtype=torch.long) for c in columns]
+    return [torch.tensor(np.array(rows[c]), dtype=torch.long) for c in columns]  # np.array: reversed rows too
 
 # %% ../../nbs/tracing/projections.ipynb #projections-006
+_DRAWN_BY = ("layer", "head", "q_pos", "k_pos", "upstream_layer", "upstream_head")
+
+
+def edge_draws(edges: pd.DataFrame, n: int, seed: int) -> Float[Tensor, "edge n"]:
+    "Uniform numbers that belong to each edge and the seed, whatever other edges there are and in which order."
+    prompt = edges["place" if "place" in edges else "prompt"].to_numpy()
+    columns = [prompt, (edges["token"] == "source").to_numpy(), *(edges[c].to_numpy() for c in _DRAWN_BY)]
+    keys = np.stack(columns, 1).astype(np.int64) if len(edges) else np.zeros((0, len(columns)), np.int64)
+    drawn = [np.random.default_rng([seed, *(int(v) + 1 for v in key)]).random(n) for key in keys]
+    return torch.tensor(np.array(drawn, dtype=np.float64).reshape(len(edges), n))
+
+
 def random_slices(
-    mask: Bool[Tensor, "n sv"], usable: Bool[Tensor, "n sv"], generator: torch.Generator
+    mask: Bool[Tensor, "n sv"], usable: Bool[Tensor, "n sv"], draw: Float[Tensor, "n sv"]
 ) -> Bool[Tensor, "n sv"]:
-    "As many slices as `mask` has in each row, drawn from the usable others (all of those, where they are fewer)."
+    "As many slices as `mask` has in each row, the usable others with the largest `draw` (all, where they are fewer)."
     free = usable & ~mask
-    draw = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~free, -1.0)
+    draw = draw.to(mask.device).masked_fill(~free, -1.0)
     rank = draw.argsort(-1, descending=True).argsort(-1)
     return free & (rank < mask.sum(-1, keepdim=True))
 
@@ -98,9 +132,9 @@ def edge_vectors(
     pairs = Pairs(*index_tensors(edges, "prompt", "layer", "head", "q_pos", "k_pos"))
     a, sigma, b = slice_coordinates(model, acts, pairs)
     mask, usable = slice_mask(a * sigma * b, sigma, rule), sigma > 1e-6 * sigma.amax(-1, keepdim=True)
-    masks = {"traced": mask, "random": random_slices(mask, usable, torch.Generator().manual_seed(seed))}
+    masks = {"traced": mask, "random": random_slices(mask, usable, edge_draws(edges, mask.shape[1], seed))}
     outputs = _upstream_outputs(model, acts, edges)
-    source = torch.tensor((edges["token"] == "source").to_numpy(), device=a.device)
+    source = torch.tensor(np.array(edges["token"] == "source"), device=a.device)
     out = {s: (a.new_empty(len(edges), outputs.shape[-1]), m.sum(-1)) for s, m in masks.items()}
     for at in torch.arange(len(edges)).split(256):
         u, v, _ = slice_vectors(model, acts, pairs[at])

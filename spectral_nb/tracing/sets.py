@@ -100,7 +100,7 @@ def set_interventions(
     """Members of each set alone and together, on prompts where all were traced.
 
     Columns set, member ('' is all together), prompt, action, scope, slices, effect (change of the metric)."""
-    edges, tables = checked_edges(model, edges), []
+    edges, tables = checked_edges(model, batch, edges), []
     kinds = checked_kinds(kinds or [k for k in INTERVENTIONS if k[2] == "traced"])
     how = dict(metric=metric, batch_size=batch_size)
     for part in intervened_parts(model, batch, edges, metric, batch_size):
