@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "drawing": ["draw_graph"],
         "edge_tables": ["EDGE_COLUMNS"],
+        "flow": ["Flow", "trace_flow"],
         "graph_files": ["read_graph", "write_graph"],
         "graph_scores": ["graph_heads", "known_heads", "precision_recall", "skeleton"],
         "graphs": ["communication_edges", "filter_graph", "trace_graph"],
