@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from spectral_nb.attention.participation import (
     HeadGrams,
@@ -25,6 +26,7 @@ from spectral_nb.attention.participation import (
 )
 from ..base.checks import check_in
 from ..base.progress import progress
+from .removals import end_logits, slice_size, target_metrics
 from ..models.loading import load_model
 from ..models.records import model_info
 
@@ -46,19 +48,35 @@ def head_ratios(
     return {name: pr.numpy() for name, pr in out.items()}
 
 # %% ../../nbs/fingerprint/ratios.ipynb #ratios-009
+def ratios_and_metrics(
+    model, batch, positions: dict[str, Int[Tensor, " batch"]]
+) -> tuple[dict[str, Float[np.ndarray, "layer head"]], Float[np.ndarray, "batch 4"]]:
+    "Ratios of all heads at several positions from one pass, and `TARGET_METRICS` at `end`; logits at `end` alone."
+    n_layers, grams, metrics = model.cfg.n_layers, {k: HeadGrams() for k in positions}, []
+    size = slice_size(model, batch.tokens.shape[1])
+    for start in progress(range(0, len(batch), size), desc="participation ratios"):
+        part, kept = batch.subset(slice(start, start + size)), {k: [] for k in positions}
+        rows, at = torch.arange(len(part)), {k: p[start : start + size] for k, p in positions.items()}
+
+        def keep(z, hook, kept=kept, rows=rows, at=at):
+            for name, where in at.items():
+                kept[name].append(z[rows, where].clone())
+
+        hooks = [(f"blocks.{layer}.attn.hook_z", keep) for layer in range(n_layers)]
+        logits = end_logits(model, part.tokens, part.positions["end"], hooks)
+        for name, values in kept.items():
+            grams[name].add(torch.stack(values, dim=1))
+        if part.answer is not None:
+            metrics.append(target_metrics(logits, part.answer))
+    return {k: g.participation().numpy() for k, g in grams.items()}, np.concatenate(metrics or [np.zeros((0, 4))])
+
+
 def checkpoint_ratios(model, batch, null_positions) -> tuple[dict[str, np.ndarray], float]:
-    "Ratios of one checkpoint from two passes, and its accuracy."
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
-    rows, end, out = torch.arange(len(batch)), batch.positions["end"], {}
-    for kind, prompts in (("pr", batch), ("pr_fixed", fixed_content(batch))):
-        with torch.no_grad():
-            logits, cache = model.run_with_cache(prompts.tokens, names_filter=names)
-        z = torch.stack([cache[name] for name in names], dim=2)  # [prompt pos layer head d_head]
-        out[kind] = HeadGrams().add(z[rows, end]).participation().numpy()
-        if kind == "pr":
-            out["pr_shuffled"] = HeadGrams().add(z[rows, null_positions]).participation().numpy()
-            accuracy = float((logits[rows, end].argmax(-1) == batch.answer).double().mean())
-    return out, accuracy
+    "Ratios of one checkpoint (`pr`, `pr_shuffled`, `pr_fixed`) from two passes, and its accuracy."
+    at = {"pr": batch.positions["end"], "pr_shuffled": null_positions}
+    out, metrics = ratios_and_metrics(model, batch, at)
+    fixed, _ = ratios_and_metrics(model, fixed_content(batch), {"pr_fixed": batch.positions["end"]})
+    return out | fixed, float(metrics[:, 0].mean())
 
 # %% ../../nbs/fingerprint/ratios.ipynb #ratios-011
 _COLUMNS = ["model", "revision", "step", "tokens", "processing", "layer", "head", "metric", "value"]

@@ -5,217 +5,148 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-003
-import math
+# %% ../../nbs/survey/model_survey.ipynb #model-survey-002
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..attention.participation import head_participation
+from ..attention.participation import head_participation, shuffled_positions
 from ..base.long_tables import long_table
-from ..base.paths import reference_dir, repo_root
-from ..causal.metrics import evaluate
-from ..models.integrity import check_revisions
+from ..base.progress import progress
+from ..fingerprint.ratios import ratios_and_metrics
+from ..fingerprint.removals import TARGET_METRICS, judged_metric, removal_values
 from ..models.architectures import ArchSpec
-from ..models.revisions import list_models, list_revisions, revision_tokens
 from ..models.loading import load_model
 from ..models.records import model_info
-from ..prompts.bigrams import natural_bigrams, synthetic_bigrams
-from ..prompts.stories import sample_stories
+from ..prompts.bigrams import synthetic_bigrams
+from .batches import make_batches, model_source, n_prompts_of, usable_revisions
 from .classes import capability_survey, class_stability
 from .experts import expert_participation
 from .rankings import matched_k, ranking_table, with_classes
 from .screens import removal_curve, screen_ablation, screen_heads
 from .targets import CLASSES
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-004
+# %% ../../nbs/survey/model_survey.ipynb #model-survey-004
 @dataclass
 class ModelSurvey:
-    "All tables of one model; those that it lacks are None or empty, with the reason in `missing`."
+    "All tables of one model."
 
     name: str
-    surveys: Mapping[str, pd.DataFrame]  # "synthetic", "natural", ... -> survey
+    surveys: Mapping[str, pd.DataFrame]  # "synthetic", "natural", "own" -> survey
     screened: list[tuple[int, int]]  # heads at the fixed threshold, synthetic
+    info: Any = None  # ModelInfo
+    revisions: pd.DataFrame = field(default_factory=pd.DataFrame)  # with faults, and whether they are used
+    pr: np.ndarray | None = None  # [layer head checkpoint] at the query of the synthetic batch
+    pr_shuffled: np.ndarray | None = None  # [layer head], last checkpoint at random positions
+    tokens: list | None = None  # of each checkpoint; None: there is one only
     classed: pd.DataFrame | None = None  # ranking with classes
-    pr: np.ndarray | None = None  # [layer head checkpoint]
-    tokens: list | None = None
     ablation: pd.DataFrame = field(default_factory=pd.DataFrame)  # screen_ablation with columns `set` and `measured_on`
     curve: pd.DataFrame | None = None
     stability: pd.DataFrame | None = None
-    missing: str = "no revisions"
+    experts: pd.DataFrame | None = None
+    baseline: dict = field(default_factory=dict)  # batch -> TARGET_METRICS with nothing removed
 
-    def effect(self, which: str, measured_on: str, metric: str = "top1") -> pd.Series | None:
-        "The row of a set in the ablation table, with the baseline and the draws' effects beside it."
+    @property
+    def ranked_by(self) -> str:
+        "What ranks the heads: the integral over ln tokens, or the PR of the only checkpoint."
+        return "PR" if self.tokens is None else "PR integral"
+
+    def metric(self, batch: str) -> str:
+        "The metric that can show a loss on a batch: top-1, or the loss at the target where top-1 is under 20 %."
+        return judged_metric(self.baseline[batch]["top1"])
+
+    def test(self, which: str, batch: str) -> tuple[pd.Series, pd.DataFrame] | None:
+        "(row of a set, rows of its random sets) in the metric that can show a loss; None where it was not removed."
         if self.ablation.empty:
             return None
-        t = self.ablation[
-            (self.ablation["set"] == which)
-            & (self.ablation["measured_on"] == measured_on)
-            & (self.ablation["metric"] == metric)
-        ]
+        t = self.ablation[(self.ablation["set"] == which) & (self.ablation["measured_on"] == batch)]
+        t = t[t["metric"] == self.metric(batch)]
         if t.empty:
             return None
-        draws = t[t["condition"].str.startswith("draw")]["effect"].to_numpy()
-        row = t[t["condition"] == "set"].iloc[0].copy()
-        near = t[t["condition"] == "draw"]["effect"]
-        row["baseline"], row["draw_max"], row["draw_mean"] = (
-            t[t["condition"] == "baseline"]["value"].iloc[0],
-            draws.max(),
-            draws.mean(),
-        )
-        row["n_near"], row["near_max"] = len(near), near.max() if len(near) else math.nan
-        return row
+        return t[t["condition"] == "set"].iloc[0], t[t["condition"].str.startswith("draw")]
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-006
-def model_source(name: str) -> str | Path:
-    "Name or folder to load; FileNotFoundError where the reference model is absent."
-    if name != "stories260k":
-        return name
-    if reference_dir() is None:
-        raise FileNotFoundError(
-            "stories260k: no reference data beside this checkout (set SPECTRAL_NB_REFERENCE to its folder)"
-        )
-    return reference_dir() / name
-
-
-def natural_source(name: str, cfg) -> str | Path | None:
-    "Natural text for a model: a file or the text itself; None where there is none."
-    if cfg.text:
-        return Path(cfg.text) if Path(cfg.text).is_file() else repo_root() / cfg.text
-    if name in list_models():
-        return "\n\n".join(sample_stories(np.random.default_rng(cfg.seed), 1200, 60))
-    if reference_dir() is None:
-        return None
-    return reference_dir() / ("stories260k/stories.txt" if name == "stories260k" else "text/tinyshakespeare.txt")
-
-# %% ../../nbs/survey/model_survey.ipynb #survey-007
-def make_batches(name: str, model, cfg) -> dict:
-    "Synthetic and natural prompts: name -> (batch of the survey, batch of the ablation)."
-    common = dict(length=cfg.length or None, prepend_bos=None if cfg.prepend_bos else False)
-    batches = {
-        "synthetic": [
-            synthetic_bigrams(model, n, vocabulary=cfg.token_ids(), seed=seed, **common)
-            for n, seed in ((cfg.n_prompts, cfg.seed), (cfg.n_ablation, cfg.seed + 1))
-        ]
-    }
-    text = natural_source(name, cfg)
-    if text is None:
-        return batches
-    found = natural_bigrams(model, text, cfg.n_prompts + cfg.n_ablation, seed=cfg.seed, **common)
-    if len(found) < 16:
-        raise ValueError(f"text: only {len(found)} windows hold a repeated bigram; at least 16 are needed")
-    batches["natural"] = list(found.split(min(cfg.n_prompts, len(found) * 2 // 3)))
-    return batches
-
-# %% ../../nbs/survey/model_survey.ipynb #survey-009
-def usable_revisions(name: str, cfg) -> pd.DataFrame:
-    "Revisions with tokens, faults and whether they are used; empty for a model with a single checkpoint."
-    source = model_source(name)
-    given = cfg.revisions.split() or None
-    if given is None:
-        counts = revision_tokens(source)
-        given = [r for r in list_revisions(source) if counts[r] is not None]
-    if len(given) < 2:
-        return pd.DataFrame(columns=["revision", "step", "tokens", "fault", "used"])
-    table = check_revisions(source, given, include_flagged=cfg.include_flagged)
-    if not cfg.revisions and table["used"].sum() > cfg.max_revisions:  # evenly over log tokens, first and last kept
-        seen = table[table["used"] & (table["tokens"] > 0)]
-        wanted = np.geomspace(seen["tokens"].min(), seen["tokens"].max(), cfg.max_revisions)
-        near = {seen["revision"].iloc[int(np.argmin(np.abs(np.log(seen["tokens"].astype(float) / w))))] for w in wanted}
-        table["used"] &= table["revision"].isin(near)
-    return table
-
-# %% ../../nbs/survey/model_survey.ipynb #survey-010
+# %% ../../nbs/survey/model_survey.ipynb #model-survey-006
 def ratio_path(name: str, revisions: Sequence[str], cfg) -> np.ndarray:
     "PR `[layer head revision]` at the query of the synthetic batch; one revision in memory at a time."
     out = []
-    for r in revisions:
+    for r in progress(revisions, desc=f"{name}: checkpoints"):
         model = load_model(model_source(name), r, processing=cfg.processing, dtype=cfg.dtype)
-        batch = synthetic_bigrams(
-            model,
-            max(cfg.n_prompts, model.cfg.d_head),
-            length=cfg.length or None,
-            vocabulary=cfg.token_ids(),
-            prepend_bos=None if cfg.prepend_bos else False,
-            seed=cfg.seed,
-        )
+        n = n_prompts_of(cfg, ArchSpec.from_model(model))[0]
+        how = dict(length=cfg.length or None, vocabulary=cfg.token_ids(), seed=cfg.seed)
+        batch = synthetic_bigrams(model, n, prepend_bos=None if cfg.prepend_bos else False, **how)
         out.append(head_participation(model, batch, batch_size=128).numpy())
         del model
     return np.stack(out, axis=-1)
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-012
-@dataclass
-class Surveyed:
-    "One model's tables with what identifies it."
 
-    survey: ModelSurvey
-    revisions: pd.DataFrame
-    info: object
-    experts: pd.DataFrame | None = None
-    accuracy: dict = field(default_factory=dict)  # batch -> top-1 of the survey's batch
+def _rank(m: ModelSurvey, model, batch, cfg) -> None:
+    "PR over checkpoints, or of the only one; the null at random positions; the ranking with classes."
+    at = {"read": batch.positions["end"], "shuffled": shuffled_positions(batch, cfg.seed)}
+    found, _ = ratios_and_metrics(model, batch, at)
+    m.pr, m.pr_shuffled = found["read"][..., None], found["shuffled"]
+    used = m.revisions[m.revisions["used"]]
+    if len(used) >= 2:
+        m.pr, m.tokens = ratio_path(m.name, list(used["revision"]), cfg), list(used["tokens"])
+    m.classed = with_classes(ranking_table(m.pr, m.tokens), m.surveys["synthetic"])
 
-
+# %% ../../nbs/survey/model_survey.ipynb #model-survey-008
 def head_sets(m: ModelSurvey) -> dict[str, list[tuple[int, int]]]:
     "The sets of heads that are removed."
-    sets = {"screen": m.screened}
+    sets, n_heads = {"screen": m.screened}, len(m.surveys["synthetic"])
     null = screen_heads(m.surveys["synthetic"], threshold="null")
-    if set(null) != set(m.screened) and len(null) <= len(m.surveys["synthetic"]) // 2:
+    if set(null) != set(m.screened) and len(null) <= min(n_heads // 2, 30):
         sets["null"] = null
     if m.classed is not None:
-        first = m.classed.nsmallest(matched_k(len(m.classed)), "rank")
-        sets["integral"] = list(zip(first["layer"].astype(int), first["head"].astype(int)))
+        first = m.classed.nsmallest(matched_k(n_heads), "rank")
+        sets["ranking"] = list(zip(first["layer"].astype(int), first["head"].astype(int)))
     return {k: v for k, v in sets.items() if v}
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-013
+
 def ablations(model, m: ModelSurvey, batches: dict, cfg) -> pd.DataFrame:
-    "Every set on the synthetic batch, the screen's (or the null's) on the natural one."
+    "Every set on the synthetic batch, the screen's (or the null's) on the others."
     sets, parts = head_sets(m), []
     for name, heads in sets.items():
-        places = ["synthetic"] + ["natural"] * (name == "screen" or (name == "null" and "screen" not in sets))
-        for where in [p for p in places if p in batches]:
-            parts.append(
-                screen_ablation(model, batches[where][1], heads, n_draws=cfg.n_draws, seed=cfg.seed).assign(
-                    set=name, measured_on=where
-                )
-            )
+        main = name == "screen" or (name == "null" and "screen" not in sets)
+        for where in batches if main else ["synthetic"]:
+            if batches[where][1].answer is None:
+                continue
+            found = screen_ablation(model, batches[where][1], heads, n_draws=cfg.n_draws, seed=cfg.seed)
+            parts.append(found.assign(set=name, measured_on=where))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-014
-def survey_model(name: str, cfg) -> Surveyed:
+# %% ../../nbs/survey/model_survey.ipynb #model-survey-009
+def _baselines(model, batches: dict) -> dict[str, dict[str, float]]:
+    "`TARGET_METRICS` of each ablation batch with nothing removed."
+    answered = {k: b[1] for k, b in batches.items() if b[1].answer is not None}
+    return {k: dict(zip(TARGET_METRICS, removal_values(model, b, [])[0].mean(0))) for k, b in answered.items()}
+
+
+def survey_model(name: str, cfg) -> ModelSurvey:
     "All measurements of one model."
     model = load_model(model_source(name), cfg.revision or None, processing=cfg.processing, dtype=cfg.dtype)
     batches = make_batches(name, model, cfg)
-    surveys = {k: capability_survey(model, b[0], threshold=cfg.threshold, seed=cfg.seed) for k, b in batches.items()}
+    synthetic, tested = batches["synthetic"]
+    how = dict(threshold=cfg.threshold, seed=cfg.seed)
+    surveys = {k: capability_survey(model, b[0], **how) for k, b in batches.items()}
     m = ModelSurvey(name, surveys, screen_heads(surveys["synthetic"], threshold=cfg.screen_threshold))
-    last = batches["synthetic"][0].tokens.shape[1] - 1
-    m.stability = class_stability(
-        model,
-        batches["synthetic"][0],
-        sorted({max(6, last * j // 5) for j in range(1, 6)}),
-        threshold=cfg.threshold,
-        seed=cfg.seed,
-    )
-    table = usable_revisions(name, cfg)
-    used = table[table["used"]]
-    if len(used) >= 2:
-        m.pr, m.tokens = ratio_path(name, list(used["revision"]), cfg), list(used["tokens"])
-        m.classed = with_classes(ranking_table(m.pr, m.tokens), surveys["synthetic"])
+    m.info, m.baseline, m.revisions = model_info(model), _baselines(model, batches), usable_revisions(name, cfg)
+    last = synthetic.tokens.shape[1] - 1
+    m.stability = class_stability(model, synthetic, sorted({max(6, last * j // 5) for j in range(1, 6)}), **how)
+    _rank(m, model, synthetic, cfg)
     m.ablation = ablations(model, m, batches, cfg)
-    m.curve = removal_curve(
-        model, batches["synthetic"][1], surveys["synthetic"], max_heads=min(6, len(surveys["synthetic"]))
-    )
-    experts = expert_participation(model, batches["synthetic"][0]) if ArchSpec.from_model(model).n_experts else None
-    top1 = {k: float(evaluate(model, b[0], "accuracy").mean()) for k, b in batches.items()}
-    return Surveyed(m, table, model_info(model), experts, top1)
+    m.curve = removal_curve(model, tested, surveys["synthetic"], max_heads=4)
+    if ArchSpec.from_model(model).n_experts:
+        m.experts = expert_participation(model, synthetic)
+    return m
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-015
-def survey_models(cfg, skipped: dict | None = None) -> list[Surveyed]:
+
+def survey_models(cfg, skipped: dict | None = None) -> list[ModelSurvey]:
     "Every model of the config; one without files is left out, its reason in `skipped`; FileNotFoundError if all are."
     out, why = [], {} if skipped is None else skipped
-    for name in cfg.model_name.replace(",", " ").split():
+    for name in progress(cfg.model_name.replace(",", " ").split(), desc="models"):
         try:
             out.append(survey_model(name, cfg))
         except FileNotFoundError as e:
@@ -224,38 +155,40 @@ def survey_models(cfg, skipped: dict | None = None) -> list[Surveyed]:
         raise FileNotFoundError("; ".join(why.values()))
     return out
 
-# %% ../../nbs/survey/model_survey.ipynb #survey-016
-def survey_heads(surveyed: Sequence[Surveyed]) -> pd.DataFrame:
+# %% ../../nbs/survey/model_survey.ipynb #model-survey-011
+def survey_heads(surveyed: Sequence[ModelSurvey]) -> pd.DataFrame:
     "All surveys in one wide table: one row per model, batch and head."
     parts = []
-    for s in surveyed:
-        ids = {"model": s.survey.name, "revision": s.info.revision, "tokens": s.info.tokens}
-        for batch, t in s.survey.surveys.items():
-            front = ids | {"processing": s.info.processing, "batch": batch, "null_p99": t.attrs["null_p99"]}
+    for m in surveyed:
+        ids = {"model": m.name, "revision": m.info.revision, "tokens": m.info.tokens}
+        for batch, t in m.surveys.items():
+            front = ids | {"processing": m.info.processing, "batch": batch, "null_p99": t.attrs["null_p99"]}
             parts.append(t.assign(**front))
     return pd.concat(parts, ignore_index=True)
 
 
-def _long_parts(s: Surveyed) -> list[pd.DataFrame]:
+def _long_parts(m: ModelSurvey) -> list[pd.DataFrame]:
     "Surveys, PR by revision, effects of ablation by set, of one model."
-    m, parts, common = s.survey, [], {"model": s.survey.name}
     values = [*CLASSES, "baseline", "null_high"]
-    for batch, t in m.surveys.items():
-        parts.append(t.melt(["layer", "head"], values, var_name="metric").assign(batch=batch, **common))
-    if m.pr is not None:
-        used = s.revisions[s.revisions["used"]]
-        layer, head = (a.reshape(-1) for a in np.indices(m.pr.shape[:2]))
-        for j, row in enumerate(used.itertuples()):
-            t = pd.DataFrame({"layer": layer, "head": head, "value": m.pr[..., j].reshape(-1)})
-            at = {"revision": row.revision, "step": row.step, "tokens": row.tokens}
-            parts.append(t.assign(batch="synthetic", metric="participation_ratio", **at, **common))
+    parts = [t.melt(["layer", "head"], values, var_name="metric").assign(batch=b) for b, t in m.surveys.items()]
+    layer, head = (a.reshape(-1) for a in np.indices(m.pr.shape[:2]))
+    rows = (
+        [{}]
+        if m.tokens is None
+        else m.revisions[m.revisions["used"]][["revision", "step", "tokens"]].to_dict("records")
+    )
+    for j, at in enumerate(rows):
+        t = pd.DataFrame({"layer": layer, "head": head, "value": m.pr[..., j].reshape(-1)})
+        parts.append(t.assign(batch="synthetic", metric="participation_ratio", **at))
+    t = pd.DataFrame({"layer": layer, "head": head, "value": m.pr_shuffled.reshape(-1)})
+    parts.append(t.assign(batch="synthetic", metric="participation_ratio_shuffled"))
     if not m.ablation.empty:
         t = m.ablation
         names = "ablation_" + t["set"] + "_" + t["condition"].str.replace(" ", "_") + "_" + t["metric"]
-        parts.append(pd.DataFrame({"batch": t["measured_on"], "metric": names, "value": t["effect"], **common}))
-    return parts
+        parts.append(pd.DataFrame({"batch": t["measured_on"], "metric": names, "value": t["effect"]}))
+    return [p.assign(model=m.name) for p in parts]
 
 
-def survey_table(surveyed: Sequence[Surveyed]) -> pd.DataFrame:
+def survey_table(surveyed: Sequence[ModelSurvey]) -> pd.DataFrame:
     "Everything measured, one number a row: surveys, PR by revision, effects of ablation by set."
-    return pd.concat([long_table(_long_parts(s), s.info) for s in surveyed], ignore_index=True)
+    return pd.concat([long_table(_long_parts(m), m.info) for m in surveyed], ignore_index=True)

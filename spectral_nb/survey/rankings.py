@@ -14,29 +14,29 @@ import pandas as pd
 from jaxtyping import Float
 
 from ..attention.participation import pr_integral, pr_spread
-from ..base.checks import check_float, check_in, check_int, head_name
+from ..base.checks import check_finite, check_float, check_in, check_int, head_name
 from ..base.intervals import wilson
 from .targets import CLASSES
 
 # %% ../../nbs/survey/rankings.ipynb #rankings-006
 def ranking_table(
     pr: Float[np.ndarray, "layer head checkpoint"],
-    tokens: Sequence[float],  # tokens seen at each checkpoint, increasing
-    by: str = "integral",  # or "spread", "final"
+    tokens: Sequence[float] | None = None,  # seen at each checkpoint, increasing; None: only one checkpoint
+    by: str = "",  # "integral", "spread", "final"; "": the integral, or the final PR of a single checkpoint
 ) -> pd.DataFrame:
-    "One row per head, the first in the ranking first: `layer head integral spread final rank`."
+    """One row per head, the first in the ranking first: `layer head integral spread final rank`.
+
+    With one checkpoint there is neither integral nor spread. ValueError names values that are not finite."""
     pr = np.asarray(pr, dtype=float)
-    check_in("by", by, ("integral", "spread", "final"))
+    check_finite("pr", pr)
+    known = ("final",) if tokens is None else ("integral", "spread", "final")
+    by = check_in("by", by or known[0], known)
     layer, head = (a.reshape(-1) for a in np.indices(pr.shape[:2]))
-    table = pd.DataFrame(
-        {
-            "layer": layer,
-            "head": head,
-            "integral": np.asarray(pr_integral(pr, tokens)).reshape(-1),
-            "spread": np.asarray(pr_spread(pr)).reshape(-1),
-            "final": pr[..., -1].reshape(-1),
-        }
-    )
+    table = pd.DataFrame({"layer": layer, "head": head})
+    if tokens is not None:
+        table["integral"] = np.asarray(pr_integral(pr, tokens)).reshape(-1)
+        table["spread"] = np.asarray(pr_spread(pr)).reshape(-1)
+    table["final"] = pr[..., -1].reshape(-1)
     table = table.sort_values(by, ascending=False, kind="stable").reset_index(drop=True)
     return table.assign(rank=np.arange(1, len(table) + 1))
 

@@ -6,21 +6,15 @@
 __all__ = ['screen_heads', 'screen_ablation', 'removal_curve']
 
 # %% ../../nbs/survey/screens.ipynb #screens-003
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ..base.checks import check_float, check_in, check_int, parse_heads
-from ..base.intervals import bootstrap_ci, exact_p, wilson
-from ..causal.ablation import ablate_heads
-from ..causal.metrics import evaluate
-from ..causal.matched_sets import head_list, matched_random
-from ..causal.set_tests import set_verdict
+from ..base.intervals import wilson
+from ..causal.matched_sets import head_list
+from ..fingerprint.removals import TARGET_METRICS, control_sets, removal_table, removal_values
 from .targets import CLASSES
 
 # %% ../../nbs/survey/screens.ipynb #screens-006
@@ -36,25 +30,7 @@ def screen_heads(
     hits = survey[survey[capability] >= check_float("threshold", threshold, 0)].sort_values(capability, ascending=False)
     return list(zip(hits["layer"].astype(int), hits["head"].astype(int)))
 
-# %% ../../nbs/survey/screens.ipynb #screens-009
-TARGET_METRICS = ("top1", "top5", "loss", "logit")
-
-
-def target_metrics(logits: Float[Tensor, "batch pos vocab"], batch) -> Float[np.ndarray, "batch 4"]:
-    "Of each prompt: is the target the first prediction, is it among the first five, its cross-entropy, its logit."
-    end = logits[torch.arange(len(logits)), batch.positions["end"].to(logits.device)].float().cpu()
-    target = batch.answer.cpu()[:, None]
-    logit = end.gather(1, target)
-    above = (end > logit).sum(dim=1)
-    columns = [above < 1, above < 5, (end.logsumexp(1) - logit[:, 0]), logit[:, 0]]
-    return torch.stack([c.double() for c in columns], dim=1).numpy()
-
-
-def _harm(baseline: np.ndarray, ablated: np.ndarray) -> np.ndarray:
-    "How much worse each prompt is in each metric: a rise of the loss, a fall of the others."
-    return (baseline - ablated) * np.array([-1.0 if m == "loss" else 1.0 for m in TARGET_METRICS])
-
-# %% ../../nbs/survey/screens.ipynb #screens-012
+# %% ../../nbs/survey/screens.ipynb #screens-009x
 def screen_ablation(
     model,
     batch,  # not the batch of the screen
@@ -63,81 +39,15 @@ def screen_ablation(
     n_draws: int = 20,
     exclude: Sequence[tuple[int, int]] = (),  # heads that no random set may hold
     seed: int = 0,
-    batch_size: int = 256,
 ) -> pd.DataFrame:
     """Table `condition heads metric value effect` of baseline, set, each draw and the set's whole layers.
 
-    The set's rows have `ci_low ci_high rank p verdict` too."""
+    The set's rows have `ci_low ci_high rank p verdict` too. ValueError for an empty set."""
     pairs = parse_heads(heads, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
     if not pairs:
         raise ValueError("heads is empty: the screen found none, so there is nothing to ablate")
     check_int("n_draws", n_draws, 1)
-    draws = control_sets(pairs, n_draws, seed, model.cfg, exclude)
-    layers = [(layer, h) for layer in sorted({ly for ly, _ in pairs}) for h in range(model.cfg.n_heads)]
-    baseline = evaluate(model, batch, target_metrics, batch_size)
-
-    def without(heads):
-        with ablate_heads(model, heads):
-            return evaluate(model, batch, target_metrics, batch_size)
-
-    ablated = without(pairs)
-    others = [(name, d, without(d)) for name, d in draws] + [("layers", layers, without(layers))]
-    rows = [
-        {
-            "condition": c,
-            "heads": head_list(h),
-            "metric": m,
-            "value": v[:, i].mean(),
-            "effect": _harm(baseline, v)[:, i].mean(),
-        }
-        for c, h, v in [("baseline", [], baseline), *others]
-        for i, m in enumerate(TARGET_METRICS)
-    ]
-    table = pd.DataFrame(rows + _set_rows(pairs, baseline, ablated, pd.DataFrame(rows), seed))
-    return table.assign(n=len(batch), n_heads=len(pairs), n_draws=len(draws))
-
-# %% ../../nbs/survey/screens.ipynb #screens-013
-def control_sets(pairs, n_draws: int, seed: int, cfg, exclude=()) -> list[tuple[str, list]]:
-    "(condition, heads) of random sets: from the same layers as far as they exist, then from the whole model."
-    exclude = [h for h in exclude if h not in pairs]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that few sets exist is what is handled here
-        near = [d for d in matched_random(pairs, n_draws, seed, n_heads=cfg.n_heads, exclude=exclude) if d]
-        far = (
-            matched_random(
-                pairs, n_draws, seed, n_heads=cfg.n_heads, n_layers=cfg.n_layers, exclude=exclude, match="model"
-            )
-            if len(near) < n_draws
-            else []
-        )
-    known = {frozenset(d) for d in near}
-    far = [d for d in far if d and frozenset(d) not in known][: n_draws - len(near)]
-    return [("draw", d) for d in near] + [("draw elsewhere", d) for d in far]
-
-
-def _set_rows(pairs, baseline, ablated, others: pd.DataFrame, seed: int) -> list[dict]:
-    "The rows of the set: effect with its interval, rank among the draws, exact p, verdict."
-    rows = []
-    for i, metric in enumerate(TARGET_METRICS):
-        effect = bootstrap_ci(_harm(baseline, ablated)[:, i], n_resamples=1000, seed=seed)
-        draws = others.loc[
-            others["condition"].str.startswith("draw") & (others["metric"] == metric), "effect"
-        ].to_numpy()
-        rows.append(
-            {
-                "condition": "set",
-                "heads": head_list(pairs),
-                "metric": metric,
-                "value": ablated[:, i].mean(),
-                "effect": effect.estimate,
-                "ci_low": effect.low,
-                "ci_high": effect.high,
-                "rank": 1 + int((draws >= effect.estimate).sum()),
-                "p": exact_p(effect.estimate, draws),
-                "verdict": set_verdict(effect, draws, selective=True),
-            }
-        )
-    return rows
+    return removal_table(model, batch, pairs, control_sets(pairs, n_draws, seed, model.cfg, exclude), seed=seed)
 
 # %% ../../nbs/survey/screens.ipynb #screens-019
 def removal_curve(
@@ -148,7 +58,6 @@ def removal_curve(
     *,
     max_heads: int = 8,
     order: Sequence[tuple[int, int]] | None = None,  # heads in another order
-    batch_size: int = 256,
 ) -> pd.DataFrame:
     "Metrics after removing the 0, 1, 2, ... best heads, and each alone: `m head selectivity <metric> alone_<metric>`."
     check_int("max_heads", max_heads, 1)
@@ -156,17 +65,14 @@ def removal_curve(
     heads = list(order or zip(ranked["layer"].astype(int), ranked["head"].astype(int)))[:max_heads]
     score = survey.set_index(["layer", "head"])[capability]
 
-    def without(some):
-        with ablate_heads(model, some):
-            return evaluate(model, batch, target_metrics, batch_size).mean(axis=0)
-
-    base = evaluate(model, batch, target_metrics, batch_size).mean(axis=0)
-    rows = [{"m": 0, "head": "", "selectivity": np.nan, **dict(zip(TARGET_METRICS, base))}]
-    for m, head in enumerate(heads, 1):
-        alone = without([head])
-        joint = dict(zip(TARGET_METRICS, alone if m == 1 else without(heads[:m])))
-        alone = {f"alone_{k}": v for k, v in zip(TARGET_METRICS, alone)}
-        rows.append({"m": m, "head": head_list([head]), "selectivity": float(score[head]), **joint, **alone})
+    joint = [heads[: m + 1] for m in range(1, len(heads))]
+    base, values = removal_values(model, batch, [[h] for h in heads] + joint)
+    alone, joint = values[: len(heads)].mean(1), np.concatenate([values[:1], values[len(heads) :]]).mean(1)
+    rows = [{"m": 0, "head": "", "selectivity": np.nan, **dict(zip(TARGET_METRICS, base.mean(0)))}]
+    for m, head in enumerate(heads):
+        row = {"m": m + 1, "head": head_list([head]), "selectivity": float(score[head])}
+        row |= dict(zip(TARGET_METRICS, joint[m]))
+        rows.append(row | {f"alone_{k}": v for k, v in zip(TARGET_METRICS, alone[m])})
     table = pd.DataFrame(rows)
     ci = [wilson(round(v * len(batch)), len(batch)) for v in table["top1"]]
     return table.assign(top1_low=[w.low for w in ci], top1_high=[w.high for w in ci], n=len(batch))
