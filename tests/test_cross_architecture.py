@@ -12,9 +12,11 @@ from spectral_nb.base.long_tables import LONG_FIRST
 from spectral_nb.cross_architecture import CrossArchitectureConfig
 from spectral_nb.prompts.grammar import lexicon, story_tokenizer
 from spectral_nb.base.intervals import exact_p, wilson
+from spectral_nb.causal.metrics import evaluate
 from spectral_nb.models.loading import from_hf
-from spectral_nb.survey.findings import section_claims
-from spectral_nb.survey.model_survey import head_sets, survey_model, survey_models, survey_table, usable_revisions
+from spectral_nb.survey.batches import usable_revisions
+from spectral_nb.survey.findings import model_agreement, survey_claims, unasked
+from spectral_nb.survey.model_survey import head_sets, survey_model, survey_models, survey_table
 from spectral_nb.survey.rankings import (
     conserved_fraction,
     head_emergence,
@@ -23,7 +25,8 @@ from spectral_nb.survey.rankings import (
     strongest_head,
     with_classes,
 )
-from spectral_nb.survey.screens import control_sets, removal_curve, screen_ablation, screen_heads
+from spectral_nb.fingerprint.removals import control_sets
+from spectral_nb.survey.screens import removal_curve, screen_ablation, screen_heads
 from spectral_nb.survey.sinks import bos_drivers, bos_floor, newcombe
 from spectral_nb.survey.targets import CLASSES
 
@@ -60,35 +63,56 @@ def surveyed(folder, cfg):
 
 
 def test_end_to_end(surveyed):
-    m = surveyed.survey
+    m = surveyed
     assert set(m.surveys) == {"synthetic", "natural"} and all(len(t) == 8 for t in m.surveys.values())
     assert (
         m.pr.shape == (2, 4, 3) and m.tokens == [10**7, 10**8, 10**9] and (m.pr >= 1).all() and (m.pr <= 4 + 1e-9).all()
     )
     assert sorted(m.classed["rank"]) == list(range(1, 9))
-    assert len(m.curve) == 7 and surveyed.info.processing == "folded"
+    assert len(m.curve) == 5 and m.info.processing == "raw" and m.pr_shuffled.shape == (2, 4)
 
 
 def test_long_table(surveyed):
     table = survey_table([surveyed])
     assert list(table.columns[: len(LONG_FIRST)]) == list(LONG_FIRST)
     assert set(CLASSES) <= set(table["metric"]) and (table["metric"] == "participation_ratio").sum() == 24
-    assert table["processing"].unique().tolist() == ["folded"]
+    assert table["processing"].unique().tolist() == ["raw"]
     wide = table[(table["metric"] == "induction") & (table["batch"] == "synthetic")].set_index(["layer", "head"])[
         "value"
     ]
-    direct = surveyed.survey.surveys["synthetic"].set_index(["layer", "head"])["induction"]
+    direct = surveyed.surveys["synthetic"].set_index(["layer", "head"])["induction"]
     assert np.allclose(wide.loc[direct.index], direct)
 
 
-def test_claims_say_when_they_cannot_be_asked(surveyed):
-    table = section_claims([surveyed]).set_index("claim")
-    assert table.loc["circuit size", "effect"] == 0 and not table.loc["circuit size", "holds"]
-    assert table.loc["necessity", "note"] == "no head passes the screen" and pd.isna(table.loc["necessity", "holds"])
-    assert table.loc["floor, synthetic", "holds"]
-    said = table[table["holds"].notna()]
-    assert said[["effect", "ci_low", "ci_high"]].notna().all().all()
-    assert (said["ci_low"] <= said["effect"] + 1e-9).all() and (said["effect"] <= said["ci_high"] + 1e-9).all()
+def test_claims_are_asked_only_where_they_can_be(surveyed):
+    table = survey_claims([surveyed])
+    assert not table["claim"].str.contains("screened").any() and "none passes the screen" in unasked(surveyed)[0]
+    assert set(table["rule"]) == {"differs", "equals"} and set(table["verdict"]) <= {"yes", "no", "undecided"}
+    numbers = table[["effect", "ci_low", "ci_high"]]
+    assert numbers.notna().all().all() and (table["ci_low"] <= table["effect"]).all()
+    shown = model_agreement(pd.concat([table, table.assign(model="twin")]), surveyed.name)
+    assert (
+        len(shown) == len(table)
+        and (shown[[f"others: {v}" for v in ("yes", "no", "undecided")]].sum(axis=1) == 1).all()
+    )
+
+
+def test_one_checkpoint_is_normal(folder, tmp_path, recwarn):
+    "A model without checkpoints: ranked by its PR, no NaN in a table, no claim of an integral, no warning."
+    import shutil
+    import warnings
+
+    alone = shutil.copytree(folder, tmp_path / "alone", ignore=shutil.ignore_patterns("step*"))
+    one = CrossArchitectureConfig(
+        model_name=str(alone), n_prompts=20, n_ablation=10, n_draws=4, text=str(folder / "text.txt")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        m = survey_model(str(alone), one)
+    assert m.pr.shape == (2, 4, 1) and m.tokens is None and m.ranked_by == "PR"
+    assert list(m.classed["final"]) == sorted(m.pr.ravel(), reverse=True) and "integral" not in m.classed
+    assert survey_table([m])["value"].notna().all() and "spread, integral and emergence need checkpoints" in unasked(m)
+    assert not survey_claims([m])["claim"].str.contains("integral").any()
 
 
 def test_faulty_revision_is_left_out(folder, cfg, tmp_path):
@@ -129,11 +153,13 @@ def test_bad_config():
         (dict(n_draws=0), "n_draws"),
         (dict(processing="cooked"), "processing"),
         (dict(length=9), "at least 16"),
+        (dict(n_prompts=3), "at least 8"),
     ):
         with pytest.raises(ValueError, match=match):
             CrossArchitectureConfig(**change)
-    with pytest.raises(TypeError, match="n_prompts"):
-        CrossArchitectureConfig(n_prompts=20.5)
+    for change, match in ((dict(n_prompts=20.5), "n_prompts"), (dict(prepend_bos="false"), "prepend_bos")):
+        with pytest.raises(TypeError, match=match):
+            CrossArchitectureConfig(**change)
 
 
 def random_model(n_layers=2, n_heads=4, n_ctx=32):
@@ -298,8 +324,41 @@ def test_screen_ablation_against_the_plain_test():
 
 
 def test_screen_and_sets(surveyed):
-    survey = surveyed.survey.surveys["synthetic"]
+    survey = surveyed.surveys["synthetic"]
     assert screen_heads(survey, threshold=0) and screen_heads(survey, threshold=1e6) == []
-    assert set(head_sets(surveyed.survey)) <= {"null", "integral"}
+    assert set(head_sets(surveyed)) <= {"null", "ranking"}
     curve = removal_curve(random_model(), synthetic_bigrams(random_model(), 12, vocabulary="all"), survey, max_heads=2)
     assert curve["m"].tolist() == [0, 1, 2] and curve["top1"][1] == curve["alone_top1"][1]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama", "qwen3", "olmo", "olmoe"])
+@pytest.mark.parametrize("processing", ["raw", "folded"])
+def test_removal_from_a_layer_equals_whole_passes(tiny_model, architecture, processing):
+    "Logits at one position from the first changed layer, against passes of the whole model with all logits."
+    from test_pr_fingerprint import toy_batch
+
+    from spectral_nb.causal.ablation import ablated_values
+    from spectral_nb.fingerprint.removals import removal_values
+
+    model, batch = tiny_model(architecture, processing), toy_batch()
+    sets = [[(0, 1)], [(1, 2)], [(0, 0), (1, 3)]]
+    base, values = removal_values(model, batch, sets)
+    for heads, found in zip([[], *sets], [base, *values]):
+        whole = (
+            ablated_values(model, batch, heads, "answer_logprob") if heads else evaluate(model, batch, "answer_logprob")
+        )
+        np.testing.assert_allclose(-found[:, 2], whole, atol=2e-5)
+    assert all("forward" not in module.__dict__ for module in model.modules())  # all restored
+
+
+def test_a_small_accuracy_is_judged_by_the_log_probability():
+    "Three per cent of top-1 cannot show a loss."
+    from spectral_nb.survey.model_survey import ModelSurvey
+
+    table = pd.DataFrame(
+        {"set": "screen", "measured_on": "synthetic", "metric": m, "condition": c, "effect": e}
+        for m in ("top1", "loss")
+        for c, e in (("set", 1.0), ("draw", 0.5))
+    )
+    low, high = (ModelSurvey("m", {}, [], ablation=table, baseline={"synthetic": {"top1": b}}) for b in (0.03, 0.6))
+    assert low.test("screen", "synthetic")[0]["metric"] == "loss" and high.metric("synthetic") == "top1"

@@ -129,6 +129,7 @@ def unasked(m: ModelSurvey) -> list[str]:
 
 def model_agreement(claims: pd.DataFrame, first: str) -> pd.DataFrame:
     "The sentences of the model `first`, each with the verdicts of the others counted: `yes no undecided`."
+    claims = claims.reset_index(drop=True)
     own = claims[claims["model"] == first].set_index("claim")
     sentence = claims["claim"].str.replace("PR integral", "PR")
     for verdict in ("yes", "no", "undecided"):
