@@ -288,6 +288,7 @@ def test_ablation_conditions_leave_the_own_picks_out_of_the_controls():
         ({"n_prompts": 1}, "n_prompts"),
         ({"processing": "fold"}, "did you mean 'folded'"),
         ({"model_name": ""}, "model_name"),
+        ({"n_ablation": 2}, "n_ablation"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
@@ -329,3 +330,66 @@ def test_trajectory_of_a_shipped_model():
     assert set(table.processing) == {"raw"} and table.tokens.max() > 0
     with pytest.raises(ValueError, match="revision"):
         ratio_trajectory("story-gpt2-s42", ["step7"], batch)
+
+
+@pytest.fixture(scope="module")
+def lone_model(tmp_path_factory):
+    "A folder with one model and no checkpoints."
+    from spectral_nb.prompts.grammar import story_tokenizer
+
+    folder = tmp_path_factory.mktemp("lone")
+    hf = tiny_hf("gpt2")
+    torch.manual_seed(1)
+    config = type(hf.config)(
+        vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    type(hf)(config).save_pretrained(folder)
+    story_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_one_checkpoint_is_normal(lone_model):
+    "No trajectory: content PR picks, nothing is NaN, no warning, and a score that needs checkpoints is refused."
+    import warnings
+
+    from spectral_nb.fingerprint.findings import fingerprint_claims
+    from spectral_nb.pr_fingerprint import measure
+    from spectral_nb.fingerprint.one_model import fingerprint_table
+
+    small = dict(model_name=str(lone_model), n_prompts=40, n_ablation=12, n_draws=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        m = measure(FingerprintConfig(**small))
+    assert m.one_checkpoint and m.score == "content" and list(m.scores) == ["content"] and m.nulls == {}
+    np.testing.assert_allclose(m.scores["content"], m.final["pr"] - m.final["pr_fixed"])
+    assert m.judged_by == "answer loss"  # an untrained model is at the floor of accuracy
+    assert fingerprint_table(m).value.notna().all() and set(m.ablation["mode"]) == {"zero", "mean", "resample"}
+    said = fingerprint_claims(m)
+    assert len(said) == 4 and said[["effect", "ci_low", "ci_high"]].notna().all().all()
+    with pytest.raises(ValueError, match="needs checkpoints"):
+        measure(FingerprintConfig(score="spread", **small))
+
+
+def test_settings_of_the_wrong_type_are_refused():
+    for change, match in (({"seed": "0"}, "seed"), ({"n_draws": True}, "n_draws"), ({"prompts": 3}, "prompts")):
+        with pytest.raises(TypeError, match=match):
+            FingerprintConfig(**change)
+
+
+def test_the_headline_says_what_the_tables_say():
+    "Numbers of the first sentence of the article, from the committed tables."
+    import json
+    import re
+
+    from spectral_nb.base.paths import repo_root
+
+    if not tables_dir().is_dir():
+        pytest.skip("tables are absent")
+    cells = json.loads((repo_root() / "nbs/13_pr_fingerprint.ipynb").read_text())["cells"]
+    headline = next(line for line in cells[1]["source"] if line.startswith(">"))
+    last = load_seed_tables()["ablation"].query("step == step.max()")
+    base = last[last.condition == "baseline"].set_index("seed").accuracy
+    own, random = (
+        base - last[last.condition == c].groupby("seed").accuracy.mean() for c in ("own spread", "matched model")
+    )
+    assert [f"{x:.2f}" for x in (own.mean(), (own - random).mean())] == re.findall(r"0\.\d\d", headline)

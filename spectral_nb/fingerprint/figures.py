@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/figures.ipynb #09-002
+from itertools import product
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -16,10 +18,10 @@ from ..base.plots import COLORS, figure, plot_bars, plot_intervals
 
 # %% ../../nbs/fingerprint/figures.ipynb #09-005
 def signal_figure(trajectory: pd.DataFrame, picks, title: str = "") -> Figure:
-    """PR of every head over steps (left) and with the content held fixed (right), picks in colour, accuracy dashed.
+    """PR of every head over steps (top) and with the content held fixed (bottom), picks in colour, accuracy dashed.
 
     `trajectory`: columns step, layer, head, metric (`pr`, `pr_fixed`, `accuracy`), value."""
-    fig, axes = figure(1, 2, width=9.5, height=3.4, sharey=True)
+    fig, axes = figure(2, 1, width=6.4, height=5.6, sharex=True)
     accuracy = trajectory[trajectory.metric == "accuracy"].sort_values("step")
     for ax, metric, name in zip(axes, ("pr", "pr_fixed"), ("prompts as they are", "one codeword in all prompts")):
         part = trajectory[trajectory.metric == metric]
@@ -38,20 +40,18 @@ def signal_figure(trajectory: pd.DataFrame, picks, title: str = "") -> Figure:
         other.plot(accuracy.step, accuracy.value, color="black", linestyle="--", linewidth=1.2)
         other.set_ylim(-0.02, 1.02)
         other.grid(False)
-        other.set_ylabel("accuracy (dashed)" if ax is axes[1] else "")
-        if ax is axes[0]:
-            other.set_yticklabels([])
+        other.set_ylabel("accuracy (dashed)")
         ax.set_title(name)
-        ax.set_xlabel("training step")
-    axes[0].set_ylabel("participation ratio")
+        ax.set_ylabel("participation ratio")
+    axes[1].set_xlabel("training step")
     axes[0].legend(title="picks", loc="upper left")
     fig.suptitle(title)
     return fig
 
 
 def pick_figure(scores: np.ndarray, null_scores: dict[str, np.ndarray], picks, name: str) -> Figure:
-    "Score of each head with picks outlined (left); sorted scores beside those of the nulls (right)."
-    fig, axes = figure(1, 2, width=9, height=3.2)
+    "Score of each head with picks outlined (top); sorted scores beside those of the nulls (bottom)."
+    fig, axes = figure(2, 1, width=6.4, height=5.6)
     plot_heads(scores, ax=axes[0], label=name, ring=picks)
     for i, (label, values) in enumerate({"trained, read position": scores, **null_scores}.items()):
         axes[1].plot(range(1, values.size + 1), np.sort(values.ravel())[::-1], marker="o", color=COLORS[i], label=label)
@@ -63,33 +63,46 @@ def pick_figure(scores: np.ndarray, null_scores: dict[str, np.ndarray], picks, n
     return fig
 
 
+_ORDER = ("picks", "random, same layers", "random, any layer", "all of these layers")
+
+
 def ablation_figure(ablation: pd.DataFrame, n_heads: int) -> Figure:
-    "Accuracy without picks, random sets, whole layers, by mode (left); the loss on stories (right)."
-    fig, axes = figure(1, 2, width=10, height=3.4)
-    for ax, metric in zip(axes, ("accuracy", "loss")):
-        part = ablation[(ablation.metric == metric) & ((ablation["mode"] == "zero") | (metric == "accuracy"))]
-        names = ["baseline", "picks", "random, same layers", "random, any layer", "all of these layers"]
-        for i, (mode, rows) in enumerate(part.groupby("mode", sort=False)):
-            for j, condition in enumerate(names):
-                values = rows[rows.condition == condition].value.to_numpy()
-                at = j + 0.25 * (i - (part["mode"].nunique() - 1) / 2)
-                ax.plot(
-                    np.full(len(values), at),
-                    values,
-                    "o" if len(values) < 2 else ".",
-                    color=COLORS[i],
-                    alpha=0.9 if len(values) < 2 else 0.5,
-                    markersize=7 if len(values) < 2 else 5,
-                    label=mode if j == 0 else None,
-                )
-        ax.set_xticks(
-            range(len(names)),
-            ["baseline", f"{n_heads} picks", "random,\nsame layers", "random,\nany layer", "all of these\nlayers"],
-            fontsize=8,
-        )
-        ax.set_ylabel("retrieval accuracy" if metric == "accuracy" else "loss on stories (nats)")
-    axes[0].set_ylim(-0.03, 1.03)
-    axes[0].legend(title="ablation")
+    "Harm of removing the picks, random sets and whole layers, by mode: one panel a metric."
+    metrics = list(ablation.metric.unique())
+    fig, axes = figure(len(metrics), 1, width=6.4, height=2.3 * len(metrics), sharex=True, squeeze=False)
+    modes = list(ablation["mode"].unique())
+    for ax, metric in zip(axes[:, 0], metrics):
+        part = ablation[ablation.metric == metric]
+        for (i, mode), (j, condition) in product(enumerate(modes), enumerate(_ORDER)):
+            values = part[(part["mode"] == mode) & (part.condition == condition)].effect
+            at = np.full(len(values), j + 0.22 * (i - 1))
+            look = dict(markersize=7) if len(values) == 1 else dict(markersize=4, alpha=0.5)
+            ax.plot(at, values, "o", color=COLORS[i], label=mode if j == 0 else None, **look)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_ylabel("accuracy lost" if metric == "accuracy" else f"{metric} gained (nats)", fontsize=9)
+    labels = [f"{n_heads} picks", "random,\nsame layers", "random,\nany layer", "all of these\nlayers"]
+    axes[-1, 0].set_xticks(range(len(_ORDER)), labels)
+    axes[0, 0].legend(title="ablation", fontsize=8)
+    return fig
+
+
+def snapshot_figure(final: dict[str, np.ndarray], picks) -> Figure:
+    "One checkpoint: PR of every head by layer, at the read position and by its nulls; content PR with the picks named."
+    fig, axes = figure(2, 1, width=6.4, height=5.6, sharex=True)
+    layer = np.indices(final["pr"].shape)[0]
+    names = {"pr": "read position", "pr_shuffled": "random positions", "pr_fixed": "one content in all prompts"}
+    for i, (key, name) in enumerate(names.items()):
+        axes[0].plot(layer.ravel() + 0.22 * (i - 1), final[key].ravel(), ".", color=COLORS[i], label=name, alpha=0.7)
+    axes[0].set_ylabel("participation ratio")
+    axes[0].legend(fontsize=8)
+    content = final["pr"] - final["pr_fixed"]
+    axes[1].plot(layer.ravel(), content.ravel(), ".", color="#999999")
+    for ly, h in picks:
+        axes[1].plot(ly, content[ly, h], "o", color=COLORS[1])
+        axes[1].annotate(head_name(ly, h), (ly, content[ly, h]), xytext=(4, 2), textcoords="offset points", fontsize=8)
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    axes[1].set_ylabel("content PR")
+    axes[1].set_xlabel("layer")
     return fig
 
 
@@ -97,8 +110,8 @@ def mechanism_figure(heads: pd.DataFrame, picks) -> Figure:
     "Attention to the key, effect of ablating each head alone, readout of unseen codewords."
     shape = (int(heads.layer.max()) + 1, int(heads["head"].max()) + 1)
     ordered = heads.sort_values(["layer", "head"])
-    fig, axes = figure(1, 3, width=11, height=2.9)
-    titles = ("attention to the key", "accuracy lost without it alone", "unseen codewords read out")
+    fig, axes = figure(3, 1, width=5.4, height=2.1 * 3 + 0.12 * shape[0])
+    titles = ("attention to the key", "harm without it alone", "unseen codewords read out")
     for ax, column, title in zip(axes, ("attention", "effect", "readout"), titles):
         plot_heads(ordered[column].to_numpy().reshape(shape), ax=ax, ring=picks)
         ax.set_title(title)
@@ -106,8 +119,8 @@ def mechanism_figure(heads: pd.DataFrame, picks) -> Figure:
 
 # %% ../../nbs/fingerprint/figures.ipynb #09-007
 def lead_figure(leads: dict[str, pd.DataFrame], summary: pd.DataFrame) -> Figure:
-    "Leads of the picked heads by seed (left), their means over seeds (right); positive: before the accuracy."
-    fig, axes = figure(1, 2, width=10, height=3.4, width_ratios=[3, 2])
+    "Leads of the picked heads by seed (top), their means over seeds (bottom); positive: before the accuracy."
+    fig, axes = figure(2, 1, width=6.4, height=5.4, height_ratios=[3, 2])
     for i, (name, table) in enumerate(leads.items()):
         seeds = {s: j for j, s in enumerate(sorted(table.seed.unique()))}
         axes[0].plot(
@@ -161,7 +174,7 @@ def transfer_figure(ablation: pd.DataFrame, step: int) -> Figure:
 
 def seeds_figure(recurring: np.ndarray, layers: pd.DataFrame, finders: pd.DataFrame) -> Figure:
     "How often each position is picked, where the picks lie, and how well each score finds necessary heads."
-    fig, axes = figure(1, 3, width=12, height=3.2)
+    fig, axes = figure(3, 1, width=6.4, height=8.4)
     plot_heads(recurring, ax=axes[0], label="seeds that pick it")
     plot_bars(layers.assign(layer=layers.layer.astype(str)), "layer", "share", low="ci_low", high="ci_high", ax=axes[1])
     axes[1].set_ylabel("share of all picks")
@@ -174,7 +187,7 @@ def seeds_figure(recurring: np.ndarray, layers: pd.DataFrame, finders: pd.DataFr
 
 def parameter_figure(ratios: pd.DataFrame) -> Figure:
     "Circuit over control heads: participation ratio and gap of the weight changes; each seed thin, the mean thick."
-    fig, axes = figure(1, 2, width=9.5, height=3.2)
+    fig, axes = figure(2, 1, width=6.4, height=5.4, sharex=True)
     for ax, column, name in zip(axes, ("pr_ratio", "gap_ratio"), ("participation ratio", "gap of weight changes")):
         for _, part in ratios.groupby("seed"):
             ax.plot(part.step, part[column], color="#bbbbbb", linewidth=0.8)
@@ -182,14 +195,14 @@ def parameter_figure(ratios: pd.DataFrame) -> Figure:
         ax.plot(mean.index, mean, color=COLORS[0], linewidth=2.2)
         ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
         ax.set_title(name)
-        ax.set_xlabel("training step")
-    axes[0].set_ylabel("picked heads / other heads")
+        ax.set_ylabel("picked / other heads")
+    axes[1].set_xlabel("training step")
     return fig
 
 
 def event_figure(events: dict[str, pd.DataFrame], emerged: dict[int, int]) -> Figure:
-    "Events of the monitor by seed, with content control (left) and without (right); filled if finally picked."
-    fig, axes = figure(1, 2, width=10, height=3.6, sharey=True, sharex=True)
+    "Events of the monitor by seed, with content control (top) and without (bottom); filled if finally picked."
+    fig, axes = figure(2, 1, width=6.4, height=6.4, sharex=True)
     seeds = {s: i for i, s in enumerate(sorted(emerged))}
     for ax, (name, table) in zip(axes, events.items()):
         for picked, color, label in ((True, COLORS[0], "final pick"), (False, COLORS[1], "other head")):
@@ -201,8 +214,8 @@ def event_figure(events: dict[str, pd.DataFrame], emerged: dict[int, int]) -> Fi
             list(emerged.values()), [seeds[s] for s in emerged], "|", color="black", markersize=12, label="accuracy 0.5"
         )
         ax.set_title(name)
-        ax.set_xlabel("training step")
-    axes[0].set_yticks(list(seeds.values()), [str(s) for s in seeds])
-    axes[0].set_ylabel("seed")
-    axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        ax.set_yticks(list(seeds.values()), [str(s) for s in seeds], fontsize=8)
+        ax.set_ylabel("seed")
+    axes[1].set_xlabel("training step")
+    axes[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8)
     return fig

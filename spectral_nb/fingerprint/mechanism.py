@@ -41,9 +41,9 @@ def codeword_readout(model, train, test, role: str = "end", ridge: float = 1e-2)
     """(share of `test` prompts whose answer each head's output names [layer, head], chance).
 
     `train` and `test` are batches with answers; candidates are the answers that occur in `test`."""
-    W_U = model.W_U.detach().double()
+    W_U = model.W_U.detach()
     candidates = test.answer.unique()
-    target, named = W_U[:, train.answer].T, W_U[:, candidates].T
+    target, named = W_U[:, train.answer].T.double(), W_U[:, candidates].T.double()
     mean = target.mean(0)
     z, new = (_outputs(model, b, role) for b in (train, test))  # [prompt layer head d_head]
     hits = np.zeros(z.shape[1:3])
@@ -61,7 +61,7 @@ def codeword_readout(model, train, test, role: str = "end", ridge: float = 1e-2)
     return hits, 1 / len(candidates)
 
 
-def _outputs(model, batch, role: str, batch_size: int = 500) -> Float[Tensor, "batch layer head d_head"]:
+def _outputs(model, batch, role: str, batch_size: int = 128) -> Float[Tensor, "batch layer head d_head"]:
     "Heads' outputs at the role's position, in float64."
     parts = [read_outputs(model, part.tokens, read_positions(part, role)) for part in batch.batches(batch_size)]
     return torch.cat(parts).double().cpu()

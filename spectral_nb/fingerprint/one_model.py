@@ -6,99 +6,167 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/one_model.ipynb #model-003
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..attention.participation import fixed_content, head_participation, pick_heads, shuffled_positions
+from ..attention.participation import fixed_content, pick_heads, shuffled_positions
+from ..base.checks import check_in
+from ..base.intervals import bootstrap_ci
 from ..base.long_tables import long_table
+from ..base.progress import progress
 from ..causal.ablation import MODES, reference_outputs
-from ..causal.set_tests import AblationResult, ablation_test
-from ..causal.matched_sets import matched_random
-from ..causal.head_effects import single_heads
+from ..causal.set_tests import ablation_test
 from .mechanism import codeword_readout, key_attention
-from .ratios import checkpoint_ratios
-from .ratios import head_scores, ratio_rows
-from .ratios import null_scores
-from ..models.records import ModelInfo, model_info
+from spectral_nb.fingerprint.ratios import (
+    as_array,
+    checkpoint_ratios,
+    head_scores,
+    null_scores,
+    ratio_rows,
+    ratios_and_metrics,
+)
+from .removals import control_sets, harm_of, judged_metric, removal_table, removal_values
 from ..models.loading import load_model
+from ..models.records import ModelInfo, model_info
+from ..models.revisions import list_models, list_revisions
+from ..prompts.lookup_tasks import retrieval
 from ..prompts.running_text import text
 
+# %% ../../nbs/fingerprint/one_model.ipynb #one-model-004
+LARGE = 100  # heads: beyond it the defaults are the smaller ones, and only some heads are ablated alone
+
+
+def n_heads_of(model) -> int:
+    "Heads of the whole model."
+    return model.cfg.n_layers * model.cfg.n_heads
+
+
+def sizes(cfg, model) -> tuple[int, int]:
+    "Prompts at the last checkpoint and of the ablations: `cfg`'s, or 2,000 and 150, or 256 and 32 above `LARGE` heads."
+    large = n_heads_of(model) > LARGE
+    return cfg.n_prompts or (256 if large else 2000), cfg.n_ablation or (32 if large else 150)
+
+
+def purpose_batch(cfg, model, n: int, purpose: int, **options):
+    "Prompts for one purpose (1 picks, the others test); purposes never share prompts of one kind."
+    if cfg.prompts:
+        from spectral_nb.prompts.own_prompts import from_file
+
+        own = from_file(model, cfg.prompts)
+        return own.subset(slice(int(purpose > 1), len(own), 2))
+    options |= {"codewords": cfg.codewords.split()} if cfg.codewords else {}
+    return retrieval(model, n, seed=1000 * cfg.seed + purpose, **options)
+
 # %% ../../nbs/fingerprint/one_model.ipynb #model-004
+def checkpoints(cfg) -> list[str | None]:
+    "Revisions up to `cfg.revision`; one that is None or the given one where a model has no more."
+    known = list_revisions(cfg.model_name)
+    if len(known) < 2:
+        return [cfg.revision or None]
+    return known[: known.index(check_in("revision", cfg.revision, known)) + 1] if cfg.revision else known
+
+
 def identify(cfg) -> tuple[object, pd.DataFrame]:
-    "(model at the last checkpoint, trajectory table: pr, pr_shuffled, pr_fixed, and accuracy with layer and head -1)."
-    rows, batch = [], None
-    for revision in cfg.revisions():
+    "(model at the last checkpoint, table of pr, pr_shuffled, pr_fixed by checkpoint, accuracy with layer and head -1)."
+    rows, batch, revisions = [], None, checkpoints(cfg)
+    for revision in progress(revisions, desc="checkpoints"):
         model = load_model(cfg.model_name, revision, processing=cfg.processing)
         if batch is None:
-            batch = cfg.prompts(model, cfg.n_trajectory, 1)
+            n = cfg.n_trajectory if len(revisions) > 1 else sizes(cfg, model)[0]
+            batch = purpose_batch(cfg, model, n, 1)
             null = shuffled_positions(batch, cfg.seed)
         ratios, accuracy = checkpoint_ratios(model, batch, null)
         rows += ratio_rows(model, ratios) + ratio_rows(model, {"accuracy": np.full((1, 1), accuracy)})
     table = pd.DataFrame(rows)
+    table["step"] = table["step"].fillna(0)  # one checkpoint of unknown step
     table.loc[table.metric == "accuracy", ["layer", "head"]] = -1
     return model, table
 
-# %% ../../nbs/fingerprint/one_model.ipynb #model-006
-def _control_sets(cfg, picks, n_layers: int, n_heads: int) -> dict[str, list]:
-    "Matched random sets by kind."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer sets than asked for: all are used, and the table shows how many
-        return {
-            name: matched_random(picks, cfg.n_draws, cfg.seed, n_heads=n_heads, n_layers=n_layers, match=match)
-            for name, match in (("random, same layers", "layer"), ("random, any layer", "model"))
-        }
 
-
-def _ablation_rows(result: AblationResult, draws: dict[str, list]) -> list[dict]:
-    "Rows of one ablation test, its draws named by kind."
-    table, kinds = result.table(), [kind for kind, sets in draws.items() for _ in sets]
-    table["condition"] = table.condition.replace({"set": "picks", "layers": "all of these layers"})
-    table.loc[table.condition == "draw", "condition"] = kinds
-    return table.to_dict("records")
+def _scored(cfg, table: pd.DataFrame) -> tuple[str, dict, dict]:
+    "(name of the score that picks, all scores, scores of the nulls) from the table of ratios."
+    ratios = table[table.metric != "accuracy"]
+    several = ratios.step.nunique() > 1
+    score = cfg.score or ("spread" if several else "content")
+    scores = head_scores(ratios) if several else {"content": head_scores(ratios)["content"]}
+    if score not in scores:
+        raise ValueError(f"score={score!r} needs checkpoints, {cfg.model_name} has one; allowed: content, or '' for it")
+    return score, scores, null_scores(ratios, score) if several else {}
 
 # %% ../../nbs/fingerprint/one_model.ipynb #model-007
-def verify(cfg, model, picks) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "(all conditions by mode and metric, one verdict a test) for the ablation of `picks`."
-    batch = cfg.prompts(model, cfg.n_ablation, 2)
-    draws = _control_sets(cfg, picks, model.cfg.n_layers, model.cfg.n_heads)
-    every = [d for sets in draws.values() for d in sets]
-    reference, rows, verdicts = reference_outputs(model, cfg.prompts(model, cfg.n_ablation, 3)), [], []
-    tests = [("accuracy", mode, batch) for mode in MODES]
-    if not cfg.codewords:
-        tests.append(("loss", "zero", text(model, None, 64, seed=cfg.seed)))
-    for metric, mode, prompts in tests:
-        result = ablation_test(
-            model,
-            prompts,
-            picks,
-            metric,
-            mode=mode,
-            draws=every,
-            reference=reference,
-            seed=cfg.seed,
-            selective=metric == "accuracy",
-        )
-        rows += _ablation_rows(result, draws)
-        verdicts.append(result.row())
-    return pd.DataFrame(rows), pd.DataFrame(verdicts)
+_CONDITIONS = {
+    "set": "picks",
+    "draw": "random, same layers",
+    "draw elsewhere": "random, any layer",
+    "layers": "all of these layers",
+}
+
+
+def _story_test(cfg, model, picks, draws) -> pd.DataFrame:
+    "The loss on plain stories without the picks and without each random set."
+    stories = text(model, None, 64, seed=cfg.seed)
+    result = ablation_test(model, stories, picks, "loss", draws=[d for _, d in draws], seed=cfg.seed)
+    table = result.table().assign(p=np.nan, verdict="")
+    table.loc[table.condition == "draw", "condition"] = [c for c, _ in draws]
+    table.loc[table.condition == "set", ["ci_low", "ci_high", "p", "verdict"]] = [
+        result.effect.low,
+        result.effect.high,
+        result.p,
+        result.verdict,
+    ]
+    return table.assign(metric="story loss")
+
+
+def verify(cfg, model, picks) -> pd.DataFrame:
+    "Baseline, picks, every random set, whole layers, by mode and metric (accuracy, loss at the answer, story loss)."
+    n = sizes(cfg, model)[1]
+    batch, draws = purpose_batch(cfg, model, n, 2), control_sets(picks, cfg.n_draws, cfg.seed, model.cfg)
+    reference, parts = reference_outputs(model, purpose_batch(cfg, model, n, 3)), []
+    for mode in MODES:
+        t = removal_table(model, batch, picks, draws, seed=cfg.seed, mode=mode, reference=reference)
+        parts.append(t[t.metric.isin(["top1", "loss"])].assign(mode=mode))
+    if cfg.model_name in list_models() and cfg.model_name.startswith("story-") and not cfg.prompts:
+        parts.append(_story_test(cfg, model, picks, draws))
+    table = pd.concat(parts, ignore_index=True)
+    names = {"top1": "accuracy", "loss": "answer loss"}
+    return table.assign(condition=table.condition.replace(_CONDITIONS), metric=table.metric.replace(names))
 
 # %% ../../nbs/fingerprint/one_model.ipynb #model-008
-def explain_heads(cfg, model) -> pd.DataFrame:
-    "One row a head: attention to the key, selectivity, accuracy lost without it alone, readout of other codewords."
-    batch = cfg.prompts(model, cfg.n_ablation, 2)
-    table = single_heads(model, batch, seed=cfg.seed)
-    for name, array in key_attention(model, batch).items():
-        table[name] = array[table.layer, table["head"]]
-    train, test = (
-        cfg.prompts(model, 500, 4),
-        cfg.prompts(model, 300, 5, **({} if cfg.codewords else {"words": "heldout"})),
-    )
-    hits, chance = codeword_readout(model, train, test)
-    return table.assign(readout=hits[table.layer, table["head"]], chance=chance)
+def _single_effects(model, batch, heads: list[tuple[int, int]], seed: int) -> pd.DataFrame:
+    "Harm of removing each of `heads` alone, in the metric that can show it: `layer head effect ci_low ci_high metric`."
+    base, values = removal_values(model, batch, [[h] for h in heads])
+    metric = judged_metric(base[:, 0].mean())
+    harm = harm_of(base, values)[..., 0 if metric == "top1" else 2]
+    rows = [(*head, *bootstrap_ci(h, n_resamples=500, seed=seed)) for head, h in zip(heads, harm)]
+    return pd.DataFrame(rows, columns=["layer", "head", "effect", "ci_low", "ci_high"]).assign(judged_by=metric)
+
+
+def explain_heads(cfg, model, picks) -> pd.DataFrame:
+    """One row a head: attention to the key, its selectivity, harm without it alone, readout of other codewords.
+
+    Above `LARGE` heads only the picks and the 24 that attend most to the key are ablated alone."""
+    batch = purpose_batch(cfg, model, sizes(cfg, model)[1], 2)
+    columns = key_attention(model, batch, batch_size=32)
+    index = list(np.ndindex(columns["attention"].shape))
+    heads = index
+    if len(index) > LARGE:
+        best = sorted(index, key=lambda h: -columns["attention"][h])[:24]
+        heads = sorted({*picks, *best})
+    if not cfg.prompts:
+        large = len(index) > LARGE
+        train = purpose_batch(cfg, model, 192 if large else 500, 4)
+        other = {} if cfg.codewords else {"words": "heldout"}
+        test = purpose_batch(cfg, model, 96 if large else 300, 5, **other)
+        columns["readout"], chance = codeword_readout(model, train, test)
+        columns["chance"] = np.full_like(columns["readout"], chance)
+        columns["readout_n"] = np.full_like(columns["readout"], len(test))
+    table = pd.DataFrame(index, columns=["layer", "head"])
+    table = table.assign(**{name: array.ravel() for name, array in columns.items()})
+    table["picked"] = [pair in picks for pair in index]
+    return table.merge(_single_effects(model, batch, heads, cfg.seed), on=["layer", "head"], how="left")
 
 # %% ../../nbs/fingerprint/one_model.ipynb #model-010
 @dataclass(frozen=True)
@@ -107,45 +175,61 @@ class Fingerprint:
 
     config: Any
     info: ModelInfo
-    trajectory: pd.DataFrame
+    score: str  # that picked
+    trajectory: pd.DataFrame  # ratios by checkpoint, which may be one
     scores: dict[str, np.ndarray]
-    nulls: dict[str, np.ndarray]
+    nulls: dict[str, np.ndarray]  # scores of the nulls; none with one checkpoint
     picks: list
-    final: dict[str, np.ndarray]  # at the last checkpoint over n_prompts: pr, pr_fixed
+    final: dict[str, np.ndarray]  # at the last checkpoint over n_prompts: pr, pr_shuffled, pr_fixed
     ablation: pd.DataFrame
-    verdicts: pd.DataFrame
     heads: pd.DataFrame
 
+    @property
+    def one_checkpoint(self) -> bool:
+        "Whether there is no trajectory."
+        return self.trajectory.step.nunique() < 2
+
+    @property
+    def judged_by(self) -> str:
+        "The metric that can show a loss: accuracy, or the loss at the answer where accuracy is under 20 %."
+        t = self.ablation[(self.ablation.condition == "baseline") & (self.ablation.metric == "accuracy")]
+        return {"top1": "accuracy", "loss": "answer loss"}[judged_metric(float(t["value"].iloc[0]))]
+
 # %% ../../nbs/fingerprint/one_model.ipynb #model-011
+def _final_ratios(cfg, model, table: pd.DataFrame) -> dict[str, np.ndarray]:
+    "Ratios at the last checkpoint over `n_prompts`: measured again unless the table has them."
+    n = sizes(cfg, model)[0]
+    batch = purpose_batch(cfg, model, n, 1)
+    at = {"pr": batch.positions["end"], "pr_shuffled": shuffled_positions(batch, cfg.seed)}
+    found, _ = ratios_and_metrics(model, batch, at)
+    return found | ratios_and_metrics(model, fixed_content(batch), {"pr_fixed": batch.positions["end"]})[0]
+
+
 def fingerprint_model(cfg) -> Fingerprint:
     "Identify, verify and explain the heads of one model; ValueError where the score picks none."
     model, table = identify(cfg)
-    scores = head_scores(table[table.metric != "accuracy"])
-    picks = pick_heads(scores[cfg.score])
+    score, scores, nulls = _scored(cfg, table)
+    picks = pick_heads(scores[score])
     if not picks:
-        raise ValueError(f"score={cfg.score!r} picks no head of {cfg.model_name}: all scores are equal")
-    batch = cfg.prompts(model, cfg.n_prompts, 1)
-    final = {
-        "pr": head_participation(model, batch).numpy(),
-        "pr_fixed": head_participation(model, fixed_content(batch)).numpy(),
-    }
-    ablation, verdicts = verify(cfg, model, picks)
-    heads = explain_heads(cfg, model)
-    heads["picked"] = [pair in picks for pair in zip(heads.layer, heads["head"])]
-    nulls = null_scores(table[table.metric != "accuracy"], cfg.score)
-    return Fingerprint(cfg, model_info(model), table, scores, nulls, picks, final, ablation, verdicts, heads)
+        raise ValueError(f"score={score!r} picks no head of {cfg.model_name}: all scores are equal")
+    if table.step.nunique() > 1:
+        final = _final_ratios(cfg, model, table)
+    else:
+        final = {k: as_array(table, k)[0][..., -1] for k in ("pr", "pr_shuffled", "pr_fixed")}
+    ablation, heads = verify(cfg, model, picks), explain_heads(cfg, model, picks)
+    return Fingerprint(cfg, model_info(model), score, table, scores, nulls, picks, final, ablation, heads)
 
 
 def fingerprint_table(m: Fingerprint) -> pd.DataFrame:
     "Everything measured, one number a row, with `condition`, `heads`, `mode` where they apply."
     grids = {f"score_{k}": v for k, v in m.scores.items()}
-    grids |= {f"{k}_{m.config.n_prompts}": v for k, v in m.final.items()}
+    grids |= {f"{k}_final": v for k, v in m.final.items()}
     cells = [(k, ly, h, v) for k, a in grids.items() for (ly, h), v in np.ndenumerate(a)]
-    kept = [c for c in m.heads.columns if c not in ("layer", "head", "ci_low", "ci_high")]
+    kept = [c for c in m.heads.columns if c not in ("layer", "head", "ci_low", "ci_high", "judged_by", "readout_n")]
     parts = [
         m.trajectory,
         pd.DataFrame(cells, columns=["metric", "layer", "head", "value"]),
         m.heads.astype({"picked": float}).melt(["layer", "head"], kept, "metric"),
-        m.ablation[["condition", "heads", "mode", "metric", "value", "ci_low", "ci_high", "n"]],
+        m.ablation[["condition", "heads", "mode", "metric", "value", "n"]],
     ]
     return long_table(parts, m.info)
