@@ -31,7 +31,8 @@ class NormGrowthConfig:
     revision: str = ""  # "" is the final checkpoint
     processing: str = "folded"
     task: str = "text"  # prompts whose stream is measured
-    texts: str = ""  # file for task `text`; "" is the model's own text
+    texts: str = ""  # file for task `text`; "" is text that the model can read
+    prompts: str = ""  # file of own prompts (JSONL or CSV) instead of a task
     n_prompts: int = 128
     layers: str = "all"  # range of the growth rate, such as "5:41"
     circuit_tasks: str = "ioi sva retrieval"
@@ -50,21 +51,19 @@ class NormGrowthConfig:
         "Prompts for a model."
         return growth_batch(self, model)
 
-# %% ../nbs/10_norm_growth.ipynb #10-013
+
 def measure(cfg: NormGrowthConfig) -> Measurement:
-    "Load the model of `cfg`, pass the prompts and the random inputs through it, and collect circuits and weight norms."
+    "Load the model of `cfg`, pass prompts and random inputs through it, collect circuits and weight norms."
     model = load_model(cfg.source, cfg.revision or None, processing=cfg.processing)
     batch = cfg.batch(model)
     stream = measure_stream(model, batch)
     parse_layers(cfg.layers, stream.n_layers)
     responses = theory_responses(model, batch, stream, cfg.n_random, cfg.seed)
-    circuits, skipped = circuits_of_tasks(
-        cfg.circuit_tasks, cfg.source, cfg.revision or None, seed=cfg.seed, loaded=model
-    )
+    more = dict(seed=cfg.seed, loaded=model)
+    found, skipped = circuits_of_tasks(cfg.circuit_tasks, cfg.source, cfg.revision or None, **more)
     words = model.tokenizer.convert_ids_to_tokens(batch.tokens[0, : int(batch.lengths[0])].tolist())
-    return Measurement(
-        model_info(model), stream, responses, weight_norms(model), circuits, skipped, words, cfg.layers, cfg.seed
-    )
+    parts = model_info(model), stream, responses, weight_norms(model), found, skipped, words
+    return Measurement(*parts, cfg.layers, cfg.seed)
 
 
 def run(cfg: NormGrowthConfig) -> pd.DataFrame:

@@ -9,6 +9,7 @@ __all__ = []
 from pathlib import Path
 from typing import Any
 
+from ..base.arguments import check_fields
 from ..base.checks import check_in, check_int
 from ..base.paths import repo_root
 from .growth_rates import parse_layers
@@ -17,9 +18,7 @@ from ..prompts.tasks import TASKS, make_batch
 # %% ../../nbs/norms/inputs.ipynb #inputs-003
 def check_growth_config(cfg: Any) -> None:
     "ValueError or TypeError that names the field of section 1's config that makes no sense."
-    for field in ("model_name", "revision", "texts", "layers", "circuit_tasks"):
-        if not isinstance(getattr(cfg, field), str):
-            raise TypeError(f"{field} must be a string, got {getattr(cfg, field)!r}")
+    check_fields(cfg)
     check_in("processing", cfg.processing, ("folded", "raw"))
     check_in("task", cfg.task, TASKS)
     for field, least in (("n_prompts", 2), ("n_random", 2), ("seed", 0)):

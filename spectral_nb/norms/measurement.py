@@ -71,6 +71,9 @@ def _stream_parts(m: Measurement) -> list[pd.DataFrame]:
     return [
         norms.assign(quantity=norms.point, metric=norms.quantity + "_" + norms.metric).drop(columns="point"),
         factors.drop(columns="shrinking").assign(quantity="stream", metric="growth_factor"),
+        factors.drop(columns=["value", "ci_low", "ci_high"])
+        .rename(columns=dict(shrinking="value"))
+        .assign(quantity="stream", metric="shrinking"),
         growth_rows(m.growth),
         curvature_rows(m.growth),
         _melt(addition_table(m.stream), ["layer"], _ADDITION, quantity="stream"),
@@ -108,4 +111,6 @@ def measurement_table(m: Measurement) -> pd.DataFrame:
     if len(m.heads):
         effects = m.heads.dropna(subset="effect").rename(columns=dict(effect="value"))
         parts.append(effects[["task", "layer", "head", "value"]].assign(quantity="head", metric="ablation_effect"))
+        inside = m.heads[["task", "layer", "head"]].assign(value=m.heads.in_circuit.astype(float))
+        parts.append(inside.assign(quantity="head", metric="in_circuit"))
     return long_table(parts, m.info)
