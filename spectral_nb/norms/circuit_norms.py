@@ -112,6 +112,8 @@ def rank_correlation(norms, effects, n_permutations: int = 9999, seed: int = 0) 
     x, y = (np.asarray(v, dtype=np.float64).ravel() for v in (norms, effects))
     if x.shape != y.shape:
         raise ValueError(f"effects: needs one value for each of the {len(x)} heads, got {len(y)}")
+    if np.isnan(y).any():  # not every head was ablated
+        return Interval(math.nan, math.nan, math.nan), math.nan
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Interval(math.nan, math.nan, math.nan), 1.0
     rng = np.random.default_rng(seed)

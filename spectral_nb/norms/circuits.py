@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from ..base.checks import check_float, check_int
+from ..causal.attribution import attribute_heads
 from ..causal.head_effects import single_heads
 from ..causal.matched_sets import head_list
 from ..causal.metrics import evaluate
@@ -21,6 +23,9 @@ from ..prompts.tasks import make_batch
 
 # %% ../../nbs/norms/circuits.ipynb #09-006
 CIRCUIT_TASKS = ("ioi", "sva", "retrieval")
+EXACT_UP_TO = 100  # heads of a model in which every head is ablated
+SCREENED = 24  # heads that are ablated after a screen
+PROMPTS, PROMPTS_AFTER_SCREEN = 256, 64  # in each of the two batches
 
 # %% ../../nbs/norms/circuits.ipynb #circuits-002
 @dataclass(frozen=True)
@@ -39,8 +44,39 @@ class Circuit:
         return f"{self.task}: {head_list(self.heads) or 'no head'} ({self.source})"
 
 # %% ../../nbs/norms/circuits.ipynb #circuits-003
-def find_circuit(model: Any, task: str, n_prompts: int = 256, seed: int = 0, share: float = 0.1) -> Circuit:
-    "Heads whose zero ablation costs at least `share` of the logit difference; effects from a second batch."
+def _screened(model: Any, batch: Any) -> list[tuple[int, int]]:
+    "The heads with the largest estimated cost of zero ablation."
+    guess = attribute_heads(model, batch, "atp", "logit_diff", mode="zero").nlargest(SCREENED, "effect")
+    return [(int(a), int(b)) for a, b in zip(guess.layer, guess["head"])]
+
+
+def _matrix(table: pd.DataFrame, model: Any) -> Float[np.ndarray, "layer head"]:
+    "Effects by head; NaN for heads that were not ablated."
+    out = np.full((model.cfg.n_layers, model.cfg.n_heads), np.nan)
+    out[table.layer.to_numpy(int), table["head"].to_numpy(int)] = table.effect.to_numpy(float)
+    return out
+
+
+def is_exact(model: Any, exact: bool | None = None) -> bool:
+    "Is every head ablated? By default in models of at most `EXACT_UP_TO` heads."
+    return model.cfg.n_layers * model.cfg.n_heads <= EXACT_UP_TO if exact is None else exact
+
+# %% ../../nbs/norms/circuits.ipynb #circuits-005
+def find_circuit(
+    model: Any,
+    task: str,
+    n_prompts: int | None = None,  # in each of two batches; by default 256, or 64 after a screen
+    seed: int = 0,
+    share: float = 0.1,  # of the logit difference that a head's removal must cost
+    *,
+    exact: bool | None = None,  # every head is ablated; by default in models of at most `EXACT_UP_TO` heads
+) -> Circuit:
+    """Heads whose zero ablation costs at least `share` of the logit difference; effects (logits) from a second batch.
+
+    ValueError for a task that the model does not solve. Zero is that of the weights as loaded: folded weights carry
+    their value biases in `b_O`, so a zeroed head keeps its bias."""
+    exact = is_exact(model, exact)
+    n_prompts = (PROMPTS if exact else PROMPTS_AFTER_SCREEN) if n_prompts is None else n_prompts
     check_int("n_prompts", n_prompts, 2)
     check_float("share", share, 0, 1)
     screen, confirm = (make_batch(task, model, n_prompts, seed=s) for s in (seed, seed + 1))
@@ -50,14 +86,11 @@ def find_circuit(model: Any, task: str, n_prompts: int = 256, seed: int = 0, sha
             f"task={task!r}: the model does not solve it (mean logit difference {baseline:.3g}), "
             "so it has no circuit to find"
         )
-    table = single_heads(model, screen, "logit_diff", seed=seed)
+    tried = None if exact else _screened(model, screen)
+    table = single_heads(model, screen, "logit_diff", tried, seed=seed)
     chosen = table[(table.effect >= share * baseline) & (table.ci_low > 0)].sort_values("effect", ascending=False)
-    effects = (
-        single_heads(model, confirm, "logit_diff", seed=seed)
-        .pivot(index="layer", columns="head", values="effect")
-        .to_numpy()
-    )
+    effects = _matrix(single_heads(model, confirm, "logit_diff", tried, seed=seed), model)
     heads = tuple((int(a), int(b)) for a, b in zip(chosen.layer, chosen["head"]))
-    return Circuit(
-        model_info(model).name, task, heads, "ablation", effects, float(evaluate(model, confirm, "logit_diff").mean())
-    )
+    source = "ablation" if exact else f"ablation of {SCREENED} screened heads"
+    confirmed = float(evaluate(model, confirm, "logit_diff").mean())
+    return Circuit(model_info(model).name, task, heads, source, effects, confirmed)

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", default=None, help="checkpoint, such as step800")
     p.add_argument("--processing", choices=("folded", "raw"), default="folded")
     p.add_argument("--heads", default=None, help='own circuit instead, such as "L9H6 L9H9"')
-    p.add_argument("--prompts", type=int, default=256, help="prompts for each ablation batch")
+    p.add_argument("--prompts", type=int, default=None, help="prompts for each ablation batch (256; 64 after a screen)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--out", default=None, help="parquet file of the heads (default: spectral_norms_<model>.parquet here)"

@@ -25,6 +25,8 @@ def check_growth_config(cfg: Any) -> None:
         check_int(field, getattr(cfg, field), least)
     if cfg.texts and cfg.task != "text":
         raise ValueError(f"texts={cfg.texts!r} is for task='text', not {cfg.task!r}")
+    if cfg.texts and cfg.prompts:
+        raise ValueError(f"prompts={cfg.prompts!r} and texts={cfg.texts!r}: one of the two")
     if cfg.layers != "all":
         parse_layers(cfg.layers, 10_000)
 
@@ -37,10 +39,15 @@ def repository_path(name: str) -> str:
     return name
 
 
+def _here_or_in_repository(name: str) -> Path:
+    return Path(name) if Path(name).is_file() else repo_root() / name
+
+
 def growth_batch(cfg: Any, model: Any) -> Any:
-    "Prompts of a config's task for a model; `texts` is a file, looked for here and in the repository."
-    more = {}
-    if cfg.texts:
-        path = Path(cfg.texts)
-        more = dict(texts=path if path.is_file() else repo_root() / path)
+    "Prompts of a config for a model: those of the file `prompts`, else the task's, over the file `texts` if given."
+    if cfg.prompts:
+        from spectral_nb.prompts.own_prompts import from_file
+
+        return from_file(model, _here_or_in_repository(cfg.prompts))
+    more = dict(texts=_here_or_in_repository(cfg.texts)) if cfg.texts else {}
     return make_batch(cfg.task, model, cfg.n_prompts, seed=cfg.seed, **more)

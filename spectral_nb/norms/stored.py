@@ -29,11 +29,16 @@ def circuit_file(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "--", model.rstrip("/").split("/")[-1]) + ".json"
 
 # %% ../../nbs/norms/stored.ipynb #stored-007
+def _rounded(effects: np.ndarray) -> list[list[float | None]]:
+    "Effects for a file; None for a head that was not ablated."
+    return [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in effects]
+
+
 def _stored_circuit(model: str, task: str, entry: dict, same: bool) -> Circuit:
     "One entry of a file; `same`: the file was made with these weights."
     roles = {k: tuple(parse_heads(v)) for k, v in entry["roles"].items()} if "roles" in entry else None
     listed = tuple(h for role in roles.values() for h in role) if roles else tuple(parse_heads(entry["heads"]))
-    effects = np.array(entry["effects"]) if "effects" in entry and same else None
+    effects = np.array(entry["effects"], dtype=float) if "effects" in entry and same else None
     source = "published" if roles else "stored" if same else "stored for the final checkpoint"
     return Circuit(model, task, listed, source, effects, entry.get("baseline") if same else None, roles)
 
@@ -56,7 +61,7 @@ def stored_circuits(model: str, revision: str | None = None, folder: Path | None
 
 # %% ../../nbs/norms/stored.ipynb #09-008b
 def store_circuits(
-    model: str, tasks=CIRCUIT_TASKS, n_prompts: int = 256, seed: int = 0, folder: Path | None = None
+    model: str, tasks=CIRCUIT_TASKS, n_prompts: int | None = None, seed: int = 0, folder: Path | None = None
 ) -> Path:
     "Find the circuits of a model's tasks and write them with the checkpoint's hash and the command that made them."
     loaded, found = load_model(model), {}
@@ -67,9 +72,10 @@ def store_circuits(
             metric="logit_diff",
             ablation="zero",
             baseline=round(c.baseline, 4),
-            effects=c.effects.round(4).tolist(),
+            effects=_rounded(c.effects),
         )
-    command = f"spectral-norms --model {model} --tasks {' '.join(tasks)} --prompts {n_prompts} --seed {seed} --store"
+    counted = "" if n_prompts is None else f" --prompts {n_prompts}"
+    command = f"spectral-norms --model {model} --tasks {' '.join(tasks)}{counted} --seed {seed} --store"
     data = dict(
         format=1, model=model, processing="folded", checkpoint=checkpoint_hash(model), command=command, circuits=found
     )
@@ -82,7 +88,7 @@ def choose_circuit(
     revision: str | None = None,
     *,
     heads=None,
-    n_prompts: int = 256,
+    n_prompts: int | None = None,
     seed: int = 0,
     loaded: Any = None,
 ) -> Circuit:
