@@ -16,6 +16,37 @@ from torch import Tensor
 from spectral_nb.base.checks import check_in, check_int
 
 # %% ../../nbs/prompts/batches.ipynb #04-005
+def _refuse_rows(bad: Bool[Tensor, " batch"], argument: str, allowed: str, given: Tensor | None = None) -> None:
+    """ValueError that names the first bad row and its value."""
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        shown = "" if given is None else f" is {given[row].tolist()}"
+        raise ValueError(f"{argument}: row {row}{shown}; allowed is {allowed} ({int(bad.sum())} of {len(bad)} rows)")
+
+
+def _check_tokens(tokens: Tensor, mask: Tensor, pad_token_id: int) -> None:
+    """Ids are whole numbers from 0, the mask is boolean and right-padded without holes."""
+    check_int("pad_token_id", pad_token_id, 0)
+    if tokens.dtype.is_floating_point or tokens.dtype is torch.bool:
+        raise TypeError(f"tokens must be integers, got {tokens.dtype}")
+    if mask.dtype is not torch.bool:
+        raise TypeError(f"attention_mask must be boolean, got {mask.dtype}; mask.bool() makes it so")
+    _refuse_rows((tokens < 0).any(1), "tokens: negative id", "ids from 0")
+    wrong = ~mask[:, 0] | (mask[:, 1:] & ~mask[:, :-1]).any(1)
+    _refuse_rows(wrong, "attention_mask: empty, left-padded or with a hole", "True up to a prompt's end, then False")
+
+
+def _check_answers(answer: Tensor | None, wrong: Tensor | None) -> None:
+    """Answers are ids, and no answer is its own rival."""
+    for name, ids in (("answer", answer), ("wrong", wrong)):
+        if ids is not None:
+            if ids.dtype.is_floating_point or ids.dtype is torch.bool:
+                raise TypeError(f"{name} must be integers, got {ids.dtype}")
+            _refuse_rows(ids < 0, name, "a token id from 0", ids)
+    if answer is not None and wrong is not None:
+        _refuse_rows(answer == wrong, "wrong: the rival equals the answer", "another token than the answer", wrong)
+
+
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
     """Prompts of one task, right-padded, with a position for every role.
@@ -32,6 +63,7 @@ class PromptBatch:
     wrong: Int[Tensor, " batch"] | None  # the rival that a metric compares the answer with
     text: list[str]
     pad_token_id: int
+    note: str = ""  # what a reader of the numbers must know, such as how answers of several tokens are judged
 
     def __post_init__(self):
         n, width = self.tokens.shape
@@ -44,16 +76,21 @@ class PromptBatch:
         for name, values in {**self.positions, "answer": self.answer, "wrong": self.wrong, "text": self.text}.items():
             if values is not None and len(values) != n:
                 raise ValueError(f"{name} has {len(values)} entries for {n} prompts")
+        _check_tokens(self.tokens, self.attention_mask, self.pad_token_id)
         for role, pos in self.positions.items():
-            if (pos < -1).any() or (pos >= self.lengths).any():
-                raise ValueError(f"positions[{role!r}]: outside its prompt; allowed is -1 (absent) to length - 1")
+            low, absent = (0, "0") if role == "end" else (-1, "-1 (absent)")
+            _refuse_rows(
+                (pos < low) | (pos >= self.lengths), f"positions[{role!r}]", f"{absent} to its length - 1", pos
+            )
+        _check_answers(self.answer, self.wrong)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __repr__(self) -> str:
         n, width = self.tokens.shape
-        return f"PromptBatch({self.task}: {n} prompts, {width} tokens, roles {', '.join(self.positions)})"
+        note = f"; {self.note}" if self.note else ""
+        return f"PromptBatch({self.task}: {n} prompts, {width} tokens, roles {', '.join(self.positions)}{note})"
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -74,6 +111,17 @@ class PromptBatch:
             wrong=None if self.wrong is None else f(self.wrong),
             text=self.text if text is None else text,
         )
+
+    def check_fits(self, model) -> None:
+        """ValueError if `model` cannot read the batch: ids beyond its vocabulary, prompts beyond its context."""
+        n_ctx, d_vocab = model.cfg.n_ctx, model.cfg.d_vocab
+        longest = int(self.lengths.max())
+        if longest > n_ctx:
+            raise ValueError(f"batch: row {int(self.lengths.argmax())} has {longest} tokens, the model reads {n_ctx}")
+        for name, ids in (("tokens", self.tokens), ("answer", self.answer), ("wrong", self.wrong)):
+            if ids is not None:
+                bad = (ids >= d_vocab).reshape(len(self), -1).any(1)
+                _refuse_rows(bad, f"{name} (padding included)", f"ids below the model's d_vocab={d_vocab}")
 
     def subset(self, index) -> "PromptBatch":
         """The prompts at `index`: a slice, a list, an array, or a boolean mask."""

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Int
 
 from spectral_nb.base.checks import check_in, check_int
-from spectral_nb.prompts.grammar import lexicon
 from spectral_nb.prompts.batches import PromptBatch
-from spectral_nb.prompts.sources import PromptSource, prompt_source, single_tokens
+from spectral_nb.prompts.sources import PromptSource, prompt_source
+from spectral_nb.prompts.running_text import natural_text
+from spectral_nb.prompts.vocabulary import code_ids
 
 # %% ../../nbs/prompts/bigrams.ipynb #09-004
 def _prompt_length(n_ctx: int | None, length: int | None, default: int = 256) -> int:
@@ -35,14 +36,14 @@ def synthetic_bigrams(
     n_prompts: int = 2000,
     length: int | None = None,  # tokens of a prompt; None: 256 or the model's context
     *,
-    vocabulary: Sequence[int] | str | None = None,  # ids to draw from, `"all"`, or None: codewords, else all
+    vocabulary: Sequence[int] | str | None = None,  # ids to draw from, `"all"`, or None: codewords, or common words
     first_from: int | None = None,  # least position of the first A; None: 20, or length / 8 where that is less
     prepend_bos: bool | None = None,  # None: if the tokenizer has a BOS token; the source's batches have none
     seed: int = 42,
 ) -> PromptBatch:
     "Random tokens with one planted pair `A B` in the first half and `A` as the last token; the answer is `B`."
     check_int("n_prompts", n_prompts, 1)
-    src = prompt_source(tokenizer_or_model, prepend_bos)
+    src = prompt_source(tokenizer_or_model, prepend_bos, needs_words=vocabulary is None)
     length = _prompt_length(src.n_ctx, length)
     ids = _filler_ids(src, vocabulary)
     rng = np.random.default_rng(seed)
@@ -63,13 +64,8 @@ def _filler_ids(src: PromptSource, vocabulary: Sequence[int] | str | None) -> np
     n_vocab = min(src.d_vocab, len(src.tokenizer))
     if isinstance(vocabulary, str):
         check_in("vocabulary", vocabulary, ("all",))
-    codes = (
-        set(single_tokens(src.tokenizer, lexicon().split("codewords", "known")).values())
-        if vocabulary is None
-        else set()
-    )
     if vocabulary is None:
-        vocabulary = codes if len(codes) >= 10 else "all"
+        vocabulary = code_ids(src)
     ids = np.arange(n_vocab) if isinstance(vocabulary, str) else np.unique(np.asarray(list(vocabulary), dtype=int))
     if not len(ids):
         raise ValueError("vocabulary is empty: give ids to draw from")
@@ -152,7 +148,7 @@ def repeated_bigram(
 # %% ../../nbs/prompts/bigrams.ipynb #09-012
 def natural_bigrams(
     tokenizer_or_model,
-    text: str | Path,  # the text itself, or a file that holds it
+    text: str | Path | Sequence[str] | None = None,  # the text, a file, a list; None: `natural_text`
     n_prompts: int = 2000,
     length: int | None = None,  # tokens of a window; None: 256 or the model's context
     *,
@@ -167,10 +163,8 @@ def natural_bigrams(
     check_int("n_prompts", n_prompts, 1)
     src = prompt_source(tokenizer_or_model, prepend_bos)
     length = _prompt_length(src.n_ctx, length)
-    if isinstance(text, Path):
-        if not text.is_file():
-            raise FileNotFoundError(f"text={str(text)!r} does not exist")
-        text = text.read_text(encoding="utf-8")
+    if not isinstance(text, str):
+        text = "\n\n".join(natural_text(text))
     chosen = BigramRule(**rule).for_length(length)
     rng, skip = np.random.default_rng(seed), frozenset(src.tokenizer.all_special_ids)
     rows = []

@@ -16,15 +16,17 @@ from spectral_nb.base.checks import check_in, check_int
 from spectral_nb.prompts import grammar
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.prompts.sentence_tasks import balanced, fill_wording
-from spectral_nb.prompts.sources import (
-    PromptSource,
-    assemble,
-    pad_rows,
-    prompt_source,
-    single_token_words,
-    single_tokens,
-)
+from spectral_nb.prompts.sources import PromptSource, assemble, knows_story, pad_rows, prompt_source, usable_words
 from spectral_nb.prompts.stories import sample_slots
+from spectral_nb.prompts.vocabulary import code_ids, code_words, ordinary_ids
+
+# %% ../../nbs/prompts/lookup_tasks.ipynb #lookup-008
+STATEMENTS = ["The secret code is {K} .", "Again , the secret code is {K} ."]
+
+
+def query_wordings(src: PromptSource) -> list[str]:
+    """Where the code is asked for: questions for a model of the story grammar, statements to complete for others."""
+    return grammar.QUERY_WORDINGS if knows_story(src) else STATEMENTS
 
 # %% ../../nbs/prompts/lookup_tasks.ipynb #lookup-004
 def retrieval(
@@ -41,15 +43,18 @@ def retrieval(
     """Key-retrieval prompts; roles `key query end` (query = end), answer the codeword, rival another codeword.
 
     n_fillers: story sentences around the key, at least one of them between key and question.
-    words: `known` or `heldout` codewords of the grammar, or `all`; `codewords` gives own ones, for other tokenizers.
+    words: `known` or `heldout` codewords of the grammar (or, for other tokenizers, common words), or `all`.
+    codewords: own ones instead; those of a single token where there are two.
     """
     check_int("n_prompts", n_prompts, 1)
     check_int("n_fillers", n_fillers, 1)
     src, rng = prompt_source(tokenizer_or_model, prepend_bos, n_ctx), np.random.default_rng(seed)
-    pool = grammar.lexicon().split("codewords", words) if codewords is None else list(dict.fromkeys(codewords))
-    codes, ids = single_token_words(src, f"{words} codewords" if codewords is None else "codewords", pool, 2)
+    if codewords is None:
+        codes = code_words(src, words)
+    else:
+        codes = usable_words(src, "codewords", list(dict.fromkeys(codewords)), 2, 2)
     keys = [w.split() for w in grammar.KEY_WORDINGS]
-    queries = [w.split("{K}")[0].strip() for w in grammar.QUERY_WORDINGS]
+    queries = [w.split("{K}")[0].strip() for w in query_wordings(src)]
     which = zip(balanced(rng, n_prompts, len(keys)), balanced(rng, n_prompts, len(queries)), strict=True)
     prompts, roles, answer, wrong = [], [], [], []
     for (k, q), slots in zip(which, sample_slots(rng, n_prompts), strict=True):
@@ -61,8 +66,8 @@ def retrieval(
         tail = [w for f in [*fillers[before:], queries[q]] for w in fill_wording(f, slots)]
         prompts.append([*head, *fill_wording(" ".join(keys[k]), slots), *tail])
         roles.append({"key": len(head) + keys[k].index("{K}")})
-        answer.append(ids[code])
-        wrong.append(ids[other])
+        answer.append(code)
+        wrong.append(other)
     batch = assemble(src, "retrieval", prompts, roles, answer, wrong)
     return replace(batch, positions={"key": batch.at("key"), "query": batch.at("end"), "end": batch.at("end")})
 
@@ -70,15 +75,11 @@ def retrieval(
 def _vocabulary(src: PromptSource, vocabulary, words: str) -> np.ndarray:
     """Ids to draw random words from: see `induction`."""
     check_in("words", words, ("known", "heldout", "all"))
-    codes = single_tokens(src.tokenizer, grammar.lexicon().split("codewords", words)) if vocabulary is None else {}
-    if codes and len(codes) >= 10:
-        return np.array(sorted(codes.values()))
-    if vocabulary is None and words == "heldout":
-        raise ValueError("words='heldout': this tokenizer lacks the grammar's codewords, and nothing else is held out")
+    if vocabulary is None:
+        return code_ids(src, words)
     if isinstance(vocabulary, str):
         check_in("vocabulary", vocabulary, ("all",))
-    if vocabulary is None or isinstance(vocabulary, str):
-        return np.setdiff1d(np.arange(min(src.d_vocab, len(src.tokenizer))), src.tokenizer.all_special_ids)
+        return ordinary_ids(src)
     ids = np.unique(np.asarray(list(vocabulary), dtype=np.int64))
     if len(ids) == 0 or ids[0] < 0 or ids[-1] >= src.d_vocab:
         raise ValueError(f"vocabulary: token ids must lie in 0 to {src.d_vocab - 1}, and there must be some")
@@ -111,12 +112,13 @@ def induction(
     """Random-word prompts `[filler] A B [filler] A`; roles `A1 B1 A2 end` (A2 = end), answer B, rival a filler word.
 
     length: tokens without BOS, at least 5; A1 is anywhere that leaves a filler word before it and one after B.
-    vocabulary: None (the grammar's `words` codewords, or all tokens where the tokenizer lacks them), `"all"`,
-        or ids to draw from, such as `range(1000, 2000)`; special tokens are left out unless given by id.
+    vocabulary: None (the `words` half of the code words, as in `retrieval`), `"all"` tokens but special ones,
+        or ids to draw from, such as `range(1000, 2000)`.
     """
     check_int("n_prompts", n_prompts, 1)
     check_int("length", length, 5)
-    src, rng = prompt_source(tokenizer_or_model, prepend_bos, n_ctx), np.random.default_rng(seed)
+    src = prompt_source(tokenizer_or_model, prepend_bos, n_ctx, needs_words=vocabulary is None)
+    rng = np.random.default_rng(seed)
     ids = _vocabulary(src, vocabulary, words)
     if len(ids) < length:
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 from spectral_nb.base.checks import check_in, check_int
 from spectral_nb.prompts import grammar
 from spectral_nb.prompts.batches import PromptBatch
-from spectral_nb.prompts.sources import assemble, prompt_source, single_token_words
+from spectral_nb.prompts.sources import PromptSource, assemble, knows_story, prompt_source, usable_words
 
 # %% ../../nbs/prompts/sentence_tasks.ipynb #sentence-004
 def balanced(rng: np.random.Generator, n: int, n_kinds: int) -> np.ndarray:
@@ -63,15 +63,16 @@ def ioi(
     order: `ABBA` (indirect object first), `BABA` (subject first) or `both`, half of each.
     words: `known` or `heldout` names of the grammar, or `all`. wordings: own sentences, see `grammar.IOI_WORDINGS`.
     prepend_bos: default is to put a BOS in front if the tokenizer has one.
-    ValueError if too few names, things or places are single tokens.
+    Names are single tokens where the tokenizer has 40 of them, else any that it can spell.
+    ValueError if it knows too few names, things or places.
     """
     check_int("n_prompts", n_prompts, 1)
     check_in("order", order, _ORDERS)
     src, rng = prompt_source(tokenizer_or_model, prepend_bos, n_ctx), np.random.default_rng(seed)
     sentences = _ioi_wordings(wordings)
-    names, ids = single_token_words(src, f"{words} names", grammar.lexicon().split("names", words), 10)
+    names = usable_words(src, f"{words} names", grammar.lexicon().split("names", words), 10)
     listed = (("T", "things", grammar.THINGS), ("P", "places", grammar.PLACES), ("J", "adjectives", grammar.ADJECTIVES))
-    nouns = {slot: single_token_words(src, what, pool, 5)[0] for slot, what, pool in listed}
+    nouns = {slot: usable_words(src, what, pool, 5) for slot, what, pool in listed}
     subject_first = np.array(_ORDERS[order])[balanced(rng, n_prompts, len(_ORDERS[order]))]
     prompts, roles, answer, wrong = [], [], [], []
     for which, flip in zip(balanced(rng, n_prompts, len(sentences)), subject_first, strict=True):
@@ -82,11 +83,19 @@ def ioi(
         first = wording.index("{A}" if flip else "{B}")
         roles.append({"IO": wording.index("{B}" if flip else "{A}"), "S1": first, "S2": wording.index("{S}")})
         prompts.append(fill_wording(sentences[which], slots))
-        answer.append(ids[io])
-        wrong.append(ids[subject])
+        answer.append(io)
+        wrong.append(subject)
     batch = assemble(src, "ioi", prompts, roles, answer, wrong)
     at = batch.positions | {"S1+1": batch.at("S1") + 1}
     return replace(batch, positions={r: at[r] for r in ("IO", "S1", "S1+1", "S2", "end")})
+
+# %% ../../nbs/prompts/sentence_tasks.ipynb #sentence-009
+AUXILIARIES = [("are", "is"), ("were", "was"), ("have", "has")]
+
+
+def verb_pairs(src: PromptSource) -> list[tuple[str, str]]:
+    """(plural, singular) forms of the verbs that agree: the grammar's where the tokenizer has it, else auxiliaries."""
+    return usable_words(src, "verbs", grammar.VERBS if knows_story(src) else AUXILIARIES, 2, 3)
 
 # %% ../../nbs/prompts/sentence_tasks.ipynb #sentence-007
 _NUMBERS = {"any": (0, 1), "same": (0,), "opposite": (1,)}
@@ -110,8 +119,8 @@ def sva(
     check_int("n_prompts", n_prompts, 1)
     check_in("distractor", distractor, _NUMBERS)
     src, rng = prompt_source(tokenizer_or_model, prepend_bos, n_ctx), np.random.default_rng(seed)
-    nouns, _ = single_token_words(src, f"{words} nouns", grammar.lexicon().split("nouns", words), 2)
-    verbs, ids = single_token_words(src, "verbs", grammar.VERBS, 2)
+    nouns = usable_words(src, f"{words} nouns", grammar.lexicon().split("nouns", words), 2)
+    verbs = verb_pairs(src)
     sentences = [w.split("{R}")[0].strip() for w in grammar.SVA_WORDINGS]
     plural = balanced(rng, n_prompts, 2)
     differs = np.array(_NUMBERS[distractor])[balanced(rng, n_prompts, len(_NUMBERS[distractor]))]
@@ -126,6 +135,6 @@ def sva(
         wording = sentences[which].split()
         prompts.append(fill_wording(sentences[which], pick | {"U": subject[number], "D": between[number ^ other]}))
         roles.append({"subject": wording.index("{U}"), "distractor": wording.index("{D}")})
-        answer.append(ids[verb[1 - number]])  # ("run", "runs"): a plural subject takes the first
-        wrong.append(ids[verb[number]])
+        answer.append(verb[1 - number])  # ("run", "runs"): a plural subject takes the first
+        wrong.append(verb[number])
     return assemble(src, "sva", prompts, roles, answer, wrong)

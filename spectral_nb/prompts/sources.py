@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from spectral_nb.prompts.batches import PromptBatch
+from spectral_nb.prompts.grammar import lexicon
 
-# %% ../../nbs/prompts/sources.ipynb #sources-004
+# %% ../../nbs/prompts/sources.ipynb #sources-005
 @dataclass(frozen=True)
 class PromptSource:
     """A tokenizer with what a prompt needs to know of it."""
@@ -26,67 +27,189 @@ class PromptSource:
     n_ctx: int | None
     d_vocab: int
 
-# %% ../../nbs/prompts/sources.ipynb #sources-005
-def prompt_source(tokenizer_or_model, prepend_bos: bool | None = None, n_ctx: int | None = None) -> PromptSource:
-    """Tokenizer, BOS, padding and context of a Hugging Face tokenizer, or of a model that has one."""
-    tokenizer = getattr(tokenizer_or_model, "tokenizer", tokenizer_or_model)
+
+def _checked_tokenizer(given: object, needs_words: bool) -> object:
+    """The tokenizer of a model, or what was given; TypeError or ValueError if it cannot make prompts."""
+    tokenizer = getattr(given, "tokenizer", given)
+    name = type(tokenizer).__name__
     if not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
-        given = type(tokenizer_or_model).__name__ + (" without a tokenizer" if tokenizer is None else "")
-        raise TypeError(f"tokenizer_or_model: expected a Hugging Face tokenizer or a model with one, got {given}")
+        shown = type(given).__name__ + (" without a tokenizer" if tokenizer is None else "")
+        raise TypeError(f"tokenizer_or_model: expected a Hugging Face tokenizer or a model with one, got {shown}")
     if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer_or_model: {name} reports no character spans; a fast tokenizer is needed")
+    if needs_words and getattr(tokenizer, "name_or_path", "") == "placeholder":
         raise ValueError(
-            f"tokenizer_or_model: {type(tokenizer).__name__} reports no character spans; a fast tokenizer is needed"
+            "tokenizer_or_model: the model came without a tokenizer and has a placeholder, which knows no word; "
+            "load it with its tokenizer, or draw ids with `vocabulary`"
         )
+    return tokenizer
+
+# %% ../../nbs/prompts/sources.ipynb #sources-006
+def prompt_source(
+    tokenizer_or_model, prepend_bos: bool | None = None, n_ctx: int | None = None, *, needs_words: bool = True
+) -> PromptSource:
+    """Tokenizer, BOS, padding and context of a Hugging Face tokenizer, or of a model that has one.
+
+    prepend_bos: None puts a BOS in front if the tokenizer has one. needs_words: a placeholder tokenizer is refused.
+    """
+    tokenizer = _checked_tokenizer(tokenizer_or_model, needs_words)
     if prepend_bos and tokenizer.bos_token_id is None:
         raise ValueError(f"prepend_bos=True, but {type(tokenizer).__name__} has no BOS token")
     cfg = getattr(tokenizer_or_model, "cfg", None)
     if n_ctx is None:
         longest = tokenizer.model_max_length  # a huge number where unknown
         n_ctx = getattr(cfg, "n_ctx", None) or (longest if longest < 10**9 else None)
+    d_vocab = getattr(cfg, "d_vocab", None) or len(tokenizer)
     bos = None if prepend_bos is False else tokenizer.bos_token_id
     special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-    pad = next((t for t in special if t is not None), 0)
-    return PromptSource(tokenizer, bos, pad, n_ctx, getattr(cfg, "d_vocab", None) or len(tokenizer))
+    pad = next((t for t in special if t is not None and 0 <= t < d_vocab), 0)
+    return PromptSource(tokenizer, bos, pad, n_ctx, d_vocab)
 
-# %% ../../nbs/prompts/sources.ipynb #sources-007
+# %% ../../nbs/prompts/sources.ipynb #sources-008
 def _spans(tokenizer, texts: list[str]) -> tuple[list[list[int]], list[np.ndarray]]:
     """Ids and character spans [token, 2] of each text, special tokens left out."""
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
     return out["input_ids"], [np.array(o).reshape(-1, 2) for o in out["offset_mapping"]]
 
 
-def _token_at(offsets: np.ndarray, start: int, end: int) -> int | None:
-    """Index of the one token that covers characters start..end-1, or None if there are several."""
-    over = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
-    return int(over[0]) if len(over) == 1 else None
+def _tokens_at(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Indices of the tokens that cover characters start..end-1."""
+    return np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
+
+
+def _pieces(tokenizer, words: Sequence[str]) -> dict[str, list[int]]:
+    """Word -> its tokens when it follows a space; words with an unknown token are left out."""
+    ids, offsets = _spans(tokenizer, [f"to {w}" for w in words]) if len(words) else ([], [])
+    found = {}
+    for word, row, off in zip(words, ids, offsets, strict=True):
+        own = [row[t] for t in _tokens_at(off, 3, 3 + len(word))]
+        if own and tokenizer.unk_token_id not in own:
+            found[word] = own
+    return found
 
 
 def single_tokens(tokenizer, words: Sequence[str]) -> dict[str, int]:
     """Word -> token id, for those of `words` that are one known token when they follow a space."""
-    ids, offsets = _spans(tokenizer, [f"to {w}" for w in words])
-    found = {}
-    for word, row, off in zip(words, ids, offsets, strict=True):
-        at = _token_at(off, 3, 3 + len(word))
-        if at is not None and row[at] != tokenizer.unk_token_id:
-            found[word] = row[at]
-    return found
+    return {w: ids[0] for w, ids in _pieces(tokenizer, words).items() if len(ids) == 1}
 
-# %% ../../nbs/prompts/sources.ipynb #sources-008
-def single_token_words(
-    src: PromptSource, what: str, words: Sequence[str | tuple[str, str]], least: int
-) -> tuple[list, dict[str, int]]:
-    """Entries of which every word is a single token, and the ids; ValueError if fewer than `least` remain."""
+# %% ../../nbs/prompts/sources.ipynb #sources-011
+def knows_story(src: PromptSource) -> bool:
+    """Whether the tokenizer is of the story grammar: it has the grammar's codewords as single tokens."""
+    return len(single_tokens(src.tokenizer, lexicon().codewords)) >= 10
+
+
+def usable_words(
+    src: PromptSource, what: str, words: Sequence[str | tuple[str, str]], least: int, enough: int = 40
+) -> list:
+    """Entries (words or pairs) of single tokens if there are `enough`, else all that the tokenizer knows.
+
+    ValueError if fewer than `least` are known.
+    """
     flat = [w for entry in words for w in ([entry] if isinstance(entry, str) else entry)]
-    ids = single_tokens(src.tokenizer, flat)
-    kept = [e for e in words if all(w in ids for w in ([e] if isinstance(e, str) else e))]
+    pieces = _pieces(src.tokenizer, flat)
+    kept = [e for e in words if all(w in pieces for w in ([e] if isinstance(e, str) else e))]
+    single = [e for e in kept if all(len(pieces[w]) == 1 for w in ([e] if isinstance(e, str) else e))]
     if len(kept) < least:
         raise ValueError(
-            f"tokenizer_or_model: only {len(kept)} of {len(words)} {what} are a single token of "
+            f"tokenizer_or_model: only {len(kept)} of {len(words)} {what} are known to "
             f"{type(src.tokenizer).__name__} ({len(src.tokenizer)} tokens); at least {least} are needed"
         )
-    return kept, ids
+    return single if len(single) >= enough else kept
 
-# %% ../../nbs/prompts/sources.ipynb #sources-010
+# %% ../../nbs/prompts/sources.ipynb #sources-014
+def _continuations(
+    src: PromptSource, argument: str, labels: list[str], texts: list[str], ids: list[list[int]], words: list[str]
+) -> list[list[int]]:
+    """Ids that each word adds to its prompt; ValueError where it begins inside the prompt's last token."""
+    whole = src.tokenizer([t + w for t, w in zip(texts, words, strict=True)], add_special_tokens=False)["input_ids"]
+    for label, text, row, prompt, word in zip(labels, texts, whole, ids, words, strict=True):
+        if row[: len(prompt)] != prompt or len(row) == len(prompt):
+            raise ValueError(
+                f"{argument}: {label}: {word!r} does not begin with a token of its own after {text[-30:]!r}; "
+                "a prompt ends without a space, and a new word brings its own: ' Mary'"
+            )
+        if all(t == src.tokenizer.unk_token_id for t in row[len(prompt) :]):
+            raise ValueError(f"{argument}: {label}: {word!r} consists of tokens unknown to the tokenizer")
+    return [row[len(prompt) :] for row, prompt in zip(whole, ids, strict=True)]
+
+
+def _parting(label: str, answer: list[int], wrong: list[int], words: tuple[str, str]) -> int:
+    """Place of the first token in which answer and rival differ."""
+    for k, (a, b) in enumerate(zip(answer, wrong)):
+        if a != b:
+            return k
+    if answer == wrong:
+        raise ValueError(f"wrong: {label}: the rival {words[1]!r} is the answer itself")
+    raise ValueError(f"wrong: {label}: {words[0]!r} and {words[1]!r} differ in no token: one begins with the other")
+
+# %% ../../nbs/prompts/sources.ipynb #sources-016
+def pad_rows(src: PromptSource, task: str, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of ids behind a BOS as right-padded tokens and mask; refuses rows longer than the context."""
+    rows = [([] if src.bos is None else [src.bos]) + list(r) for r in rows]
+    width = max(map(len, rows))
+    if src.n_ctx is not None and width > src.n_ctx:
+        row = max(range(len(rows)), key=lambda i: len(rows[i]))
+        raise ValueError(
+            f"{task}: the longest prompt (row {row}) has {width} tokens, more than the context n_ctx={src.n_ctx}"
+        )
+    tokens = np.full((len(rows), width), src.pad, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=bool)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+# %% ../../nbs/prompts/sources.ipynb #sources-018
+SEVERAL_TOKENS = "an answer of several tokens is judged by the first that tells it from its rival"
+
+
+def batch_of_texts(
+    src: PromptSource,
+    task: str,
+    texts: list[str],
+    spans: list[dict[str, tuple[int, int]]],  # characters of each role; a prompt may lack a role
+    answer: list[str],  # what follows the prompt, with its space
+    wrong: list[str] | None,
+    labels: list[str] | None = None,  # what errors call the prompts; None: `row 0` and so on
+) -> PromptBatch:
+    """Batch of prompts given as text; a role stands at the last token of its span."""
+    labels = [f"row {i}" for i in range(len(texts))] if labels is None else labels
+    ids, offsets = _spans(src.tokenizer, texts)
+    right = _continuations(src, "answer", labels, texts, ids, answer)
+    rival = None if wrong is None else _continuations(src, "wrong", labels, texts, ids, wrong)
+    part = [0] * len(texts)
+    if rival is not None:
+        pairs = zip(right, rival, zip(answer, wrong), strict=True)
+        part = [_parting(label, a, w, words) for label, (a, w, words) in zip(labels, pairs)]
+    tokens, mask = pad_rows(src, task, [row + a[:k] for row, a, k in zip(ids, right, part, strict=True)])
+    positions = _role_positions(src, labels, texts, spans, offsets) | {"end": mask.sum(1) - 1}
+    return PromptBatch(
+        task,
+        tokens,
+        mask,
+        positions,
+        torch.tensor([a[k] for a, k in zip(right, part)]),
+        None if rival is None else torch.tensor([w[k] for w, k in zip(rival, part)]),
+        [t + (src.tokenizer.decode(a[:k]) if k else "") for t, a, k in zip(texts, right, part)],
+        src.pad,
+        note=SEVERAL_TOKENS if any(len(a) > 1 for a in right) else "",
+    )
+
+
+def _role_positions(src: PromptSource, labels: list, texts: list[str], spans: list, offsets: list) -> dict:
+    """Position of every role, -1 where a prompt lacks it."""
+    roles = list(dict.fromkeys(role for row in spans for role in row))
+    positions = {role: torch.full((len(texts),), -1) for role in roles}
+    for i, row in enumerate(spans):
+        for role, span in row.items():
+            at = _tokens_at(offsets[i], *span)
+            if not len(at):
+                raise ValueError(
+                    f"prompts: {labels[i]}: {texts[i][slice(*span)]!r} ({role}) has no token in {texts[i]!r}"
+                )
+            positions[role][i] = int(at[-1]) + (src.bos is not None)
+    return positions
+
+# %% ../../nbs/prompts/sources.ipynb #sources-019
 _NO_SPACE_BEFORE = frozenset(".,?!")
 
 
@@ -100,38 +223,15 @@ def _join(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def pad_rows(src: PromptSource, task: str, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids behind a BOS as right-padded tokens and mask; refuses rows longer than the context."""
-    rows = [([] if src.bos is None else [src.bos]) + list(r) for r in rows]
-    width = max(map(len, rows))
-    if src.n_ctx is not None and width > src.n_ctx:
-        raise ValueError(f"{task}: the longest prompt has {width} tokens, more than the context n_ctx={src.n_ctx}")
-    tokens = np.full((len(rows), width), src.pad, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=bool)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], mask[i, : len(row)] = row, True
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
-
-# %% ../../nbs/prompts/sources.ipynb #sources-011
 def assemble(
     src: PromptSource,
     task: str,
     prompts: list[list[str]],
-    roles: list[dict[str, int]],
-    answer: list[int],
-    wrong: list[int],
+    roles: list[dict[str, int]],  # number of the word of each role
+    answer: list[str],
+    wrong: list[str],
 ) -> PromptBatch:
-    """Batch of prompts given as words; roles[i] gives the word number of each role of prompt i."""
-    texts, spans = zip(*map(_join, prompts), strict=True)
-    ids, offsets = _spans(src.tokenizer, list(texts))
-    tokens, mask = pad_rows(src, task, ids)
-    shift = 0 if src.bos is None else 1
-    positions = {r: torch.full((len(prompts),), -1) for r in roles[0]}
-    for i, (role, span, off) in enumerate(zip(roles, spans, offsets, strict=True)):
-        for name, word in role.items():
-            at = _token_at(off, *span[word])
-            if at is None:
-                raise ValueError(f"{task}: {prompts[i][word]!r} ({name}) is not a single token in {texts[i]!r}")
-            positions[name][i] = at + shift
-    positions["end"] = mask.sum(1) - 1
-    return PromptBatch(task, tokens, mask, positions, torch.tensor(answer), torch.tensor(wrong), list(texts), src.pad)
+    """Batch of prompts given as words; answers and rivals are words that follow a space."""
+    texts, words = zip(*map(_join, prompts), strict=True)
+    spans = [{name: row[word] for name, word in role.items()} for role, row in zip(roles, words, strict=True)]
+    return batch_of_texts(src, task, list(texts), spans, [f" {a}" for a in answer], [f" {w}" for w in wrong])
