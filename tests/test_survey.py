@@ -322,7 +322,8 @@ def test_refusals(planted, batch):
     with pytest.raises(ValueError, match="query_role='subject'"):
         capability_survey(planted, batch, query_role="subject")
     with pytest.raises(ValueError, match="absent"):
-        capability_survey(planted, prompts(batch.tokens, {"end": torch.full((len(batch),), -1)}))
+        absent = {"end": torch.full((len(batch),), 3), "gone": torch.full((len(batch),), -1)}
+        capability_survey(planted, prompts(batch.tokens, absent), query_role="gone")
     with pytest.raises(ValueError, match="positions"):
         class_stability(planted, batch, [3])
     with pytest.raises(ValueError, match="no experts"):
