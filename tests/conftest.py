@@ -84,7 +84,7 @@ def zoo_names() -> list[str]:
     "Shipped models (the manifest's names)."
     from spectral_nb.models.revisions import list_models
 
-    return list_models()
+    return list_models("zoo")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from spectral_nb.training import corpus
 from spectral_nb.prompts import grammar, stories
 from spectral_nb.training import loop as training
 from spectral_nb.training import zoo
-from spectral_nb.models.checkpoints import file_sha256
+from spectral_nb.models.gguf_files import file_sha256
 from spectral_nb.base.files import read_json, read_table
 from spectral_nb.training.accuracy import EVALUATED, evaluate_tasks
 from spectral_nb.training.config import ARCHITECTURES, PRESETS, SHIPPED, TrainConfig, preset

@@ -20,5 +20,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "records": ["ModelInfo", "model_info", "register_model", "weights_hash"],
         "revisions": ["list_models", "list_revisions", "revision_steps", "revision_tokens"],
         "verification": ["rebuild_scores"],
+        "weight_storage": ["weight_files"],
     },
 )

@@ -8,29 +8,25 @@ __all__ = ['tensor_hashes', 'revision_hashes', 'hub_file_hashes', 'find_faults',
 # %% ../../nbs/models/integrity.ipynb #integrity-002
 import hashlib
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from ..base.checks import unknown_name_error
-from .checkpoints import resolve
+from .checkpoints import checkpoint_folder, resolve
 from .revisions import revision_steps, revision_tokens
+from .weight_storage import BUFFERS, weight_files
 
 # %% ../../nbs/models/integrity.ipynb #integrity-005
-_BUFFERS = re.compile(r"(?:inv_freq|rotary_emb|masked_bias|\.attn\.bias|attention\.bias)$")
-
-
-def _read_tensors(path: Path):
+def _read_tensors(path: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     "(name, tensor) of a weight file, one at a time."
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
+            yield from ((name, f.get_tensor(name)) for name in names)
     else:
         yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
 
@@ -38,14 +34,13 @@ def _read_tensors(path: Path):
 def tensor_hashes(
     folder: str | Path,  # checkpoint in Hugging Face format
 ) -> pd.DataFrame:  # columns: tensor, n_values, hash
-    "SHA-256 (first 16 digits) of every tensor of a checkpoint; safetensors are preferred where both formats are there."
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise FileNotFoundError(f"folder {str(folder)!r} holds no weights (*.safetensors or pytorch_model*.bin)")
+    "SHA-256 (first 16 digits) of every tensor of a checkpoint, in the files that `load_model` reads."
+    by_file: dict[Path, list[str]] = {}
+    for name, path in weight_files(folder).items():
+        by_file.setdefault(path, []).append(name)
     rows = []
-    for path in files:
-        for name, tensor in _read_tensors(path):
+    for path, names in by_file.items():
+        for name, tensor in _read_tensors(path, names):
             digest = hashlib.sha256(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
             rows.append((name, tensor.numel(), digest.hexdigest()[:16]))
@@ -63,21 +58,11 @@ def _pick_revisions(name: str, revisions: Sequence[str] | None) -> list[str]:
     return sorted(revisions, key=lambda r: math.inf if steps[r] is None else steps[r])
 
 
-def _hub_folder(name: str, revision: str) -> Path:
-    "Download the weights of a hub revision and return their folder."
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "pytorch_model*.bin", "*.json"])
-    )
-
-
 def revision_hashes(name: str | Path, revisions: Sequence[str] | None = None) -> pd.DataFrame:
     "Hashes of every tensor of every revision, in the order of training: columns `revision tensor n_values hash`."
     tables = []
     for r in _pick_revisions(str(name), revisions):
-        folder = resolve(name, r).folder
-        tables.append(tensor_hashes(folder if folder is not None else _hub_folder(str(name), r)).assign(revision=r))
+        tables.append(tensor_hashes(checkpoint_folder(resolve(name, r))).assign(revision=r))
     return pd.concat(tables, ignore_index=True)[["revision", "tensor", "n_values", "hash"]]
 
 # %% ../../nbs/models/integrity.ipynb #integrity-007
@@ -103,7 +88,7 @@ def hub_file_hashes(name: str, revisions: Sequence[str], fetch: Callable | None 
 # %% ../../nbs/models/integrity.ipynb #integrity-009
 def _without_untrained(hashes: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     "Hashes [tensor, revision] and sizes of the tensors that training changes."
-    hashes = hashes[~hashes["tensor"].str.contains(_BUFFERS)]
+    hashes = hashes[~hashes["tensor"].str.contains(BUFFERS)]
     order = list(dict.fromkeys(hashes["revision"]))
     table = hashes.pivot(index="tensor", columns="revision", values="hash")[order]
     size = hashes.groupby("tensor")["n_values"].max().reindex(table.index)

@@ -6,53 +6,58 @@
 __all__ = ['from_hf', 'load_model', 'self_check']
 
 # %% ../../nbs/models/loading.ipynb #loading-002
-import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..base.checks import check_in
-from .architectures import ArchSpec, refuse_unsupported
-from .checkpoints import Source, resolve
+from .architectures import ArchSpec
+from .checkpoints import resolve
+from .hf_models import check_weights, placeholder_tokenizer, plain_model, source_tokenizer
 from .records import register_model
-from .revisions import unknown_model_error
 from .verification import compare, reference_log_probs
 
 # %% ../../nbs/models/loading.ipynb #loading-005
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def _check_weights(hf_model: Any, name: str) -> None:
-    "ValueError naming the first weight (with its layer) that is not finite."
-    for key, tensor in hf_model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            layer = re.search(r"\.(\d+)\.", key)
-            where = f"layer {layer[1]}, " if layer else ""
-            raise ValueError(
-                f"model {name!r} has non-finite weights: {where}tensor {key}, {int((~tensor.isfinite()).sum())} values"
-            )
+def _refuse_square(spec: ArchSpec) -> None:
+    "ValueError for a shape that TransformerLens folds wrongly."
+    sizes = ("d_vocab",) if spec.n_experts else ("d_mlp", "d_vocab")
+    square = [n for n in sizes if getattr(spec, n) == spec.d_model]
+    if square:
+        raise ValueError(
+            f"processing='folded' is not supported where {square[0]} equals d_model ({spec.d_model}): TransformerLens "
+            "centres the square matrix along the wrong axis; load with processing='raw'"
+        )
 
 
-@lru_cache
-def _placeholder_tokenizer(d_vocab: int):
-    "A tokenizer of `w0 w1 ...` for a model that came without one."
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(d_vocab)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="w0",
-        eos_token="w0",
-        pad_token="w0",
-        add_bos_token=True,
-        name_or_path="placeholder",
-    )
+def _take_over(hf_model: Any) -> None:
+    "Mark a Hugging Face model as taken; ValueError if it was taken before."
+    if (before := getattr(hf_model, "_spectral_nb_taken", None)) is not None:
+        raise ValueError(f"hf_model was already taken over by from_hf: {before}; give a fresh copy")
+    hf_model._spectral_nb_taken = "its tensors belong to another bridge"
 
 # %% ../../nbs/models/loading.ipynb #loading-006
+def _rotary_buffers(hf_model: Any) -> list[tuple[Any, str, torch.Tensor]]:
+    "(module, name, frequencies) of the rotary buffers."
+    return [
+        (module, name, buffer)
+        for module in hf_model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+    ]
+
+
+def _keep_frequencies(hf_model: Any, change: Any) -> None:
+    "Do `change`, then put the rotary frequencies back in float32: rounded, angles are wrong at long offsets."
+    kept = [(module, name, buffer.float().clone()) for module, name, buffer in _rotary_buffers(hf_model)]
+    change()
+    for module, name, buffer in kept:
+        setattr(module, name, buffer.to(getattr(module, name).device))
+
+# %% ../../nbs/models/loading.ipynb #loading-007
 def from_hf(
     hf_model: Any,
     tokenizer: Any = None,
@@ -65,100 +70,81 @@ def from_hf(
 ) -> Any:
     """Wrap a Hugging Face model in memory as a `TransformerBridge`; the model's tensors are taken over.
 
-    `processing="folded"` folds and centres the weights in place: keep a copy of `hf_model` if it is still needed."""
-    from transformer_lens.model_bridge import TransformerBridge
-
+    `processing="folded"` folds and centres the weights in place: keep a copy of `hf_model` if it is still needed.
+    ValueError for an unsupported architecture or shape, non-finite weights, or a model that was taken over before."""
     check_in("processing", processing, ("folded", "raw"))
-    spec = ArchSpec.from_config(hf_model.config)
-    if processing == "folded" and spec.d_mlp == spec.d_model and not spec.n_experts:
-        raise ValueError(
-            f"processing='folded' is not supported where d_mlp equals d_model ({spec.d_model}): TransformerLens "
-            "centres the square MLP matrix along the wrong axis; load with processing='raw'"
-        )
-    _check_weights(hf_model, name)
-    hf_model.config._attn_implementation = "eager"
-    hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]
-    bridge = TransformerBridge.boot_transformers(
-        hf_model.config._name_or_path or name,
-        hf_model=hf_model.eval(),
-        tokenizer=tokenizer if tokenizer is not None else _placeholder_tokenizer(spec.d_vocab),
-        device=next(hf_model.parameters()).device,
-        dtype=next(hf_model.parameters()).dtype,
-    )
+    spec = ArchSpec.from_model(hf_model)
+    if processing == "folded":
+        _refuse_square(spec)
+    check_weights(hf_model, name)
+    _take_over(hf_model)
+    bridge = _boot(hf_model, tokenizer if tokenizer is not None else placeholder_tokenizer(spec.d_vocab), name)
     if processing == "folded":
         bridge.enable_compatibility_mode(disable_warnings=True)
     bridge.eval().requires_grad_(False)
-    return register_model(bridge, name=name, processing=processing, revision=revision, step=step, tokens=tokens)
+    register_model(bridge, name=name, processing=processing, revision=revision, step=step, tokens=tokens)
+    return bridge
 
-# %% ../../nbs/models/loading.ipynb #loading-007
-def _hf_parts(source: Source, dtype: torch.dtype, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    "(model, tokenizer) in plain Hugging Face form, refused before the weights are read if not supported."
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
 
-    where = str(source.folder or source.name)
-    extra = dict(trust_remote_code=trust_remote_code)
-    if source.folder is None:
-        extra["revision"] = source.revision
-    try:
-        config = AutoConfig.from_pretrained(where, **extra)
-    except (OSError, ValueError) as e:
-        if source.folder is None:
-            raise FileNotFoundError(unknown_model_error(source.name, e)) from e
-        raise ValueError(f"config.json of {where!r} cannot be read: {e}") from e
-    refuse_unsupported(config)
-    hf_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="eager", **extra)
-    except OSError:
-        raise
-    except Exception as e:
-        raise ValueError(f"weights of {where!r} cannot be read: {type(e).__name__}: {e}") from e
-    if source.folder is None:
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(str(source.tokenizer_folder)) if source.tokenizer_folder else None
-    return model.to(device).eval(), tokenizer
+def _boot(hf_model: Any, tokenizer: Any, name: str) -> Any:
+    "The bridge of a model in memory, in the dtype and on the device of its weights."
+    from transformer_lens.model_bridge import TransformerBridge
+
+    first, bridges = next(hf_model.parameters()), []
+    hf_model.config._attn_implementation = "eager"
+    hf_model.config.architectures = hf_model.config.architectures or [type(hf_model).__name__]
+
+    def boot():
+        bridges.append(
+            TransformerBridge.boot_transformers(
+                hf_model.config._name_or_path or name,
+                hf_model=hf_model.eval(),
+                tokenizer=tokenizer,
+                device=first.device,
+                dtype=first.dtype,
+            )
+        )
+
+    _keep_frequencies(hf_model, boot)
+    return bridges[0]
 
 # %% ../../nbs/models/loading.ipynb #loading-008
+def _load_bridge(source: Any, processing: str, dtype: str, device: str, check: bool, trust: bool) -> Any:
+    "Read, check and wrap the model of a source; folding happens in float32 or better."
+    folded_half = processing == "folded" and dtype in ("float16", "bfloat16")
+    plain = plain_model(source, torch.float32 if folded_half else _DTYPES[dtype], trust).to(device)
+    expected = reference_log_probs(plain) if check else None
+    tokenizer = source_tokenizer(source, plain.config, trust)
+    model = from_hf(plain, tokenizer, name=source.name, processing=processing)
+    if folded_half:
+        _keep_frequencies(plain, lambda: model.to(_DTYPES[dtype]))
+    record = {k: getattr(source, k) for k in ("name", "revision", "step", "tokens", "path")}
+    register_model(model, processing=processing, placeholder_tokenizer=tokenizer is None, **record)
+    if check:
+        compare(model, expected, relaxed=dtype in ("float16", "bfloat16"))
+    return model
+
+
 def load_model(
     name_or_path: str | Path,
     revision: str | None = None,
     *,
-    processing: str = "folded",
+    processing: str = "folded",  # folded (LayerNorm folded, writing weights centred) or raw
     dtype: str = "float32",
-    device: str | None = None,
-    check: bool = False,
+    device: str | None = None,  # None: cuda where there is one, else cpu
+    check: bool = False,  # compare with the plain model and with rebuilt scores (`self_check`)
     trust_remote_code: bool = False,
 ) -> Any:
-    """A `TransformerBridge` of a shipped model, a local folder in Hugging Face format, or a hub model.
+    """A `TransformerBridge` of a shipped or real model, a local folder, a GGUF file, or a hub model.
 
-    `processing`: "folded" (LayerNorm folded, writing weights centred) or "raw". `check=True` compares the result with
-    the plain Hugging Face model and with scores rebuilt from its weights (`self_check`), ValueError if they differ.
-    Raises FileNotFoundError (no such model or file), ValueError (unknown revision, unsupported architecture, file that
-    fails its hash, non-finite weights)."""
+    Raises FileNotFoundError (no such model or file), TypeError (revision is no text), ValueError (unknown or outside
+    revision, unsupported architecture, file that fails its hash, tensors missing or left over, quantised or non-finite
+    weights, failed check)."""
     check_in("processing", processing, ("folded", "raw"))
     check_in("dtype", dtype, _DTYPES)
     source = resolve(name_or_path, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    load_as = torch.float32 if processing == "folded" and dtype in ("float16", "bfloat16") else _DTYPES[dtype]
-    hf_model, tokenizer = _hf_parts(source, load_as, device, trust_remote_code)
-    expected = reference_log_probs(hf_model) if check else None
-    model = from_hf(hf_model, tokenizer, name=source.name, processing=processing)
-    if _DTYPES[dtype] != load_as:
-        model.to(_DTYPES[dtype])
-    register_model(
-        model,
-        name=source.name,
-        processing=processing,
-        revision=source.revision,
-        step=source.step,
-        tokens=source.tokens,
-        path=str(source.folder) if source.folder else None,
-    )
-    if check:
-        compare(model, expected, relaxed=dtype in ("float16", "bfloat16"))
-    return model
+    return _load_bridge(source, processing, dtype, device, check, trust_remote_code)
 
 # %% ../../nbs/models/loading.ipynb #loading-009
 def self_check(
@@ -166,6 +152,5 @@ def self_check(
 ) -> dict[str, float]:
     """Largest errors of a model as loaded: log-probabilities against plain Hugging Face (absolute), rebuilt attention
     scores against the model's own (relative to the layer's largest score). ValueError above 1e-4."""
-    source = resolve(name_or_path, revision)
-    expected = reference_log_probs(_hf_parts(source, torch.float32, "cpu", False)[0])
+    expected = reference_log_probs(plain_model(resolve(name_or_path, revision), torch.float32))
     return compare(load_model(name_or_path, revision, processing=processing, device="cpu"), expected)

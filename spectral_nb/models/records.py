@@ -25,7 +25,8 @@ class ModelInfo:
     tokens: int | None
     processing: str
     weights_hash: str
-    path: str | None = None
+    path: str | None = None  # local folder or GGUF file
+    placeholder_tokenizer: bool = False  # the model came without a tokenizer: only token ids mean anything
 
 # %% ../../nbs/models/records.ipynb #records-006
 def weights_hash(model: Any) -> str:
@@ -57,10 +58,12 @@ def register_model(
     step: int | None = None,
     tokens: int | None = None,
     path: str | None = None,
+    placeholder_tokenizer: bool | None = None,  # None: as the tokenizer says
 ) -> Any:
     "Record name, processing and weights hash on a bridge that was made by hand; returns the model."
     check_in("processing", processing, ("folded", "raw"))
-    object.__setattr__(
-        model, "spectral_info", ModelInfo(name, revision, step, tokens, processing, weights_hash(model), path)
-    )
+    if placeholder_tokenizer is None:
+        placeholder_tokenizer = getattr(getattr(model, "tokenizer", None), "name_or_path", "") == "placeholder"
+    info = ModelInfo(name, revision, step, tokens, processing, weights_hash(model), path, placeholder_tokenizer)
+    object.__setattr__(model, "spectral_info", info)
     return model

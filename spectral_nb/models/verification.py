@@ -56,7 +56,8 @@ def rebuild_scores(model: Any, cache: Any, layer: int) -> Float[Tensor, "batch h
 # %% ../../nbs/models/verification.ipynb #verification-006
 def _check_tokens(d_vocab: int, n_ctx: int, device: Any = "cpu") -> Tensor:
     "Fixed random tokens for the comparison."
-    return torch.randint(0, d_vocab, (2, min(24, n_ctx)), generator=torch.Generator().manual_seed(0)).to(device)
+    size = (2, min(128, n_ctx))
+    return torch.randint(0, d_vocab, size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @torch.inference_mode()

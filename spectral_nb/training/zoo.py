@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 
 from ..base.intervals import wilson
-from ..models.checkpoints import file_sha256, resolve
+from ..models.checkpoints import resolve
+from ..models.gguf_files import file_sha256
 from ..models.revisions import list_models, list_revisions
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_json, write_table
@@ -128,7 +129,7 @@ def accuracy_table(names: list[str] | None = None, n_prompts: int = 300) -> pd.D
     from transformers import AutoTokenizer
 
     rows = []
-    pairs = [(n, r) for n in names or list_models() for r in list_revisions(n)]
+    pairs = [(n, r) for n in names or list_models("zoo") for r in list_revisions(n)]
     for name, revision in progress(pairs, desc="accuracy"):
         source = resolve(name, revision)
         model, tokenizer = load_plain(source.folder), AutoTokenizer.from_pretrained(source.tokenizer_folder)
