@@ -16,7 +16,7 @@ from spectral_nb.models.loading import from_hf, load_model, self_check
 from spectral_nb.models.records import model_info
 from spectral_nb.models.revisions import list_revisions, revision_steps
 from spectral_nb.models.weight_storage import read_tensor, weight_files
-from spectral_nb.norms.weights import weight_norms
+from spectral_nb.norms.weight_files import weight_norms
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@
 __all__ = ['weight_norms']
 
 # %% ../../nbs/norms/weight_files.ipynb #weight-files-002
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,11 @@ from torch import Tensor
 from ..base.checks import check_finite, check_in
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
-from ..models.checkpoints import resolve
+from ..models.checkpoints import checkpoint_folder, read_config, resolve
 from ..models.heads import HeadWeights
 from ..models.loading import load_model
 from ..models.records import model_info
+from ..models.weight_storage import read_tensor, refuse_quantised, weight_files
 from .weights import head_rows, mlp_rows, model_weight_norms, norm_frame
 
 # %% ../../nbs/norms/weight_files.ipynb #09-012
@@ -31,33 +31,17 @@ class TensorFiles:
     "Tensors of a safetensors checkpoint by name, each read when asked for, in float32."
 
     folder: Path
-    where: dict[str, str] = field(default_factory=dict)  # tensor -> file
+    where: dict[str, Path] = field(default_factory=dict)  # tensor -> file
 
     def __post_init__(self):
-        from safetensors import safe_open
-
-        index, single = self.folder / "model.safetensors.index.json", self.folder / "model.safetensors"
-        if single.is_file():  # where both are there, transformers reads this one
-            with safe_open(single, "pt") as f:
-                self.where = dict.fromkeys(f.keys(), single.name)
-        elif index.is_file():
-            self.where = json.loads(index.read_text())["weight_map"]
-        else:
-            raise FileNotFoundError(
-                f"folder {str(self.folder)!r} holds neither model.safetensors nor model.safetensors.index.json"
-            )
-        missing = sorted({f for f in self.where.values() if not (self.folder / f).is_file()})
-        if missing:
-            raise FileNotFoundError(f"checkpoint {str(self.folder)!r} lacks {', '.join(missing[:5])}")
+        self.where = weight_files(self.folder)  # the files that load_model reads
+        refuse_quantised(self.folder, self.where)
 
     def get(self, name: str) -> Tensor:
         "The tensor as float32, in memory of its own."
-        from safetensors import safe_open
-
         if name not in self.where:
             raise ValueError(f"checkpoint {str(self.folder)!r} has no tensor {name!r}")
-        with safe_open(self.folder / self.where[name], "pt") as f:
-            tensor = f.get_tensor(name).to(torch.float32, copy=True)
+        tensor = read_tensor(self.where[name], name).float()
         check_finite(f"tensor {name}", tensor.sum())
         return tensor
 
@@ -136,6 +120,11 @@ class LayerReader:
         known = {name.split(first)[0] for name in self.files.where if f"{first}." in name}
         if len(known) != 1:
             raise ValueError(f"checkpoint {str(self.files.folder)!r} has no layer 0 of a {self.spec.model_type} model")
+        beyond = self.layout.prefix.format(self.spec.n_layers)
+        if left := [name for name in self.files.where if f"{beyond}." in name]:
+            raise ValueError(
+                f"checkpoint {str(self.files.folder)!r} has more than {self.spec.n_layers} layers: {left[0]}"
+            )
         self.start = known.pop()  # GPT-2 files of the hub lack the prefix "transformer."
         self.centred = self.folded and self.spec.norm != "rmsnorm"
 
@@ -228,20 +217,6 @@ def _read_mlp(reader: LayerReader, layer: int) -> Iterator[tuple[str, int | None
             if b is not None:
                 yield name.replace("W", "b"), expert, b
 
-# %% ../../nbs/norms/weight_files.ipynb #weight-files-007
-def _checkpoint_folder(folder_or_name: str | Path, revision: str | None) -> Path:
-    source = resolve(folder_or_name, revision)
-    if source.folder is not None:
-        return source.folder
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source.name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-
-
-def _refuse_quantised(config: Any, folder: Path) -> None:
-    if getattr(config, "quantization_config", None):
-        raise ValueError(f"checkpoint {str(folder)!r} is quantised: without its scales its norms mean nothing")
-
 # %% ../../nbs/norms/weight_files.ipynb #09-017
 def weight_norms(
     folder_or_name: str | Path | Any, revision: str | None = None, *, processing: str = "folded"
@@ -255,15 +230,11 @@ def weight_norms(
         model_info(folder_or_name)
         return model_weight_norms(folder_or_name)
     check_in("processing", processing, ("folded", "raw"))
-    from transformers import AutoConfig
-
-    folder = _checkpoint_folder(folder_or_name, revision)
-    config = AutoConfig.from_pretrained(str(folder))
-    _refuse_quantised(config, folder)
-    spec = ArchSpec.from_config(config)
+    source = resolve(folder_or_name, revision)
+    spec = ArchSpec.from_config(read_config(source))
     if spec.model_type not in LAYOUTS:
         return model_weight_norms(load_model(folder_or_name, revision, processing=processing))
-    reader, rows = LayerReader(TensorFiles(folder), spec, processing == "folded"), []
+    reader, rows = LayerReader(TensorFiles(checkpoint_folder(source)), spec, processing == "folded"), []
     for layer in progress(range(spec.n_layers), desc="weight norms"):
         rows += head_rows(layer, _read_heads(reader, layer)) + mlp_rows(layer, _read_mlp(reader, layer))
     return norm_frame(rows)

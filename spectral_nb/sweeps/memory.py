@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 
 from ..models.architectures import ArchSpec
-from ..models.checkpoints import resolve
+from ..models.checkpoints import read_spec
 from ..models.revisions import zoo_manifest
 from ..base.paths import reference_dir, repo_root
 
@@ -57,12 +57,7 @@ def activation_count(spec: ArchSpec, n_prompts: int, length: int) -> int:
 
 @lru_cache
 def _spec_of(name: str, revision: str | None) -> ArchSpec:
-    from transformers import AutoConfig
-
-    source = resolve(name, revision)
-    if source.folder is not None:
-        return ArchSpec.from_config(AutoConfig.from_pretrained(str(source.folder)))
-    return ArchSpec.from_config(AutoConfig.from_pretrained(source.name, revision=revision))
+    return read_spec(name, revision)
 
 
 def estimate_memory_gb(given: dict, max_length: int = 128) -> float | None:

@@ -75,4 +75,4 @@ def load_tokenizer(config: TrainConfig):
         return story_tokenizer()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(config.tokenizer)
+    return AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)

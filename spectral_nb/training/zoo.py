@@ -73,7 +73,7 @@ def load_plain(folder: str | Path):
     "A checkpoint as a Hugging Face model in float32, in eval mode."
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def _entry(config: TrainConfig, root: Path, zoo: Path, steps: list[int]) -> dict:
@@ -132,7 +132,8 @@ def accuracy_table(names: list[str] | None = None, n_prompts: int = 300) -> pd.D
     pairs = [(n, r) for n in names or list_models("zoo") for r in list_revisions(n)]
     for name, revision in progress(pairs, desc="accuracy"):
         source = resolve(name, revision)
-        model, tokenizer = load_plain(source.folder), AutoTokenizer.from_pretrained(source.tokenizer_folder)
+        model = load_plain(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_folder, trust_remote_code=False)
         with single_thread(torch.device("cpu")):
             found = pd.concat([evaluate_tasks(model, tokenizer, n_prompts, words=w) for w in ("known", "heldout")])
         for row in found.to_dict("records"):
