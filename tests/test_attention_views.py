@@ -114,3 +114,11 @@ def test_the_command(tmp_path, capsys):
         main(["--model", "story-gpt2-s42", "--heads", "L1H0", "--prompts", "1", "--out", str(tmp_path / "v.html")]) == 0
     )
     assert (tmp_path / "v.html").stat().st_size > 1e6 and "v.html" in capsys.readouterr().out
+
+
+def test_token_labels_are_literal_text():
+    "Two dollar signs in one label would be a formula; matplotlib parses it only when it draws."
+    tokens = [" $5", "$x_{$", " a$b$c", "%", "\\frac"]
+    ax = plot_pattern(np.tri(5) / 5, tokens)
+    ax.figure.canvas.draw()
+    assert [t.get_text().replace("\\$", "$") for t in ax.get_xticklabels()] == [t.strip() for t in tokens]

@@ -60,6 +60,11 @@ def figure(
         return plt.subplots(n_rows, n_cols, figsize=(width, height), **subplots)
 
 # %% ../../nbs/base/plots.ipynb #07-005b
+def literal(texts: Sequence) -> list[str]:
+    """Labels that matplotlib draws letter by letter: a `$` in a token is no formula."""
+    return [str(t).replace("$", r"\$") for t in texts]
+
+
 def axes_of(ax: Axes | None) -> Axes:
     "`ax`, or the axes of a new figure."
     return figure()[1] if ax is None else ax
@@ -158,7 +163,7 @@ def plot_bars(
             error_kw=dict(elinewidth=1, capsize=2),
         )
     slant = dict(rotation=30, ha="right") if sum(len(str(n)) for n in names) > 45 else {}
-    ax.set_xticks(range(len(names)), [str(n) for n in names], **slant)
+    ax.set_xticks(range(len(names)), literal(names), **slant)
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     ax.grid(False, axis="x")
     if hue is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.plots import COLORS, figure, plot_lines
+from ..base.plots import COLORS, figure, literal, plot_lines
 
 # %% ../../nbs/norms/token_figures.ipynb #token-figures-003
 def _few(values, n: int = 7) -> list:
@@ -62,7 +62,7 @@ def token_figure(tokens: pd.DataFrame, words: Sequence[str]) -> Figure:
     _legend_outside(fig, ax, "layer")
     ax.set(yscale="log", xlabel="")
     shown = min(len(words), tokens.pos.max() + 1)
-    ax.set_xticks(range(shown), words[:shown], rotation=70, fontsize=8)
+    ax.set_xticks(range(shown), literal(words[:shown]), rotation=70, fontsize=8)
     return fig
 
 # %% ../../nbs/norms/token_figures.ipynb #token-figures-006

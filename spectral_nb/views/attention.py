@@ -26,7 +26,7 @@ from spectral_nb.attention.terms import slice_terms
 from spectral_nb.base.checks import check_int, head_name, parse_heads
 from spectral_nb.models.records import model_info
 from spectral_nb.views.pages import asset, token_texts, write_page
-from spectral_nb.base.plots import COLORS, figure
+from spectral_nb.base.plots import COLORS, figure, literal
 
 # %% ../../nbs/views/attention.ipynb #17-005
 @torch.no_grad()
@@ -152,7 +152,7 @@ def plot_pattern(
     shown = np.where(np.tri(len(tokens), dtype=bool), values, np.nan)
     limit = np.nanmax(np.abs(shown))
     image = ax.imshow(shown, cmap="RdBu" if signed else "Blues", vmin=-limit if signed else 0, vmax=limit)
-    words = [t.strip() for t in tokens]
+    words = literal(t.strip() for t in tokens)
     ax.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
     ax.set_yticks(range(len(words)), words, fontsize=7)
     ax.set_xlabel("attended token")
