@@ -71,7 +71,7 @@ def plot_rankings(surveyed: Sequence[ModelSurvey]):
 def plot_precision(surveyed: Sequence[ModelSurvey], published: pd.DataFrame | None = None):
     "Precision at k against k as a share of the heads; published curves dashed."
     fig, ax = figure(width=6.5, height=3.4)
-    for i, s in enumerate(x for x in surveyed if x.survey.classed is not None):
+    for i, s in enumerate(surveyed):
         c = s.classed
         t = precision_at_k(c, range(1, len(c) + 1))
         ax.plot(t["k"] / len(c), t["precision"], "o-", color=COLORS[i % len(COLORS)], label=s.name)
