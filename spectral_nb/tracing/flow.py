@@ -49,6 +49,7 @@ def _start(edges: pd.DataFrame, roots: Any) -> pd.DataFrame:
 def _shared(into: pd.DataFrame, firings: pd.DataFrame) -> pd.DataFrame:
     "Flow into heads at tokens, divided over the firings there in proportion to attention; column `firing` is a row."
     there = into.merge(firings.reset_index(names="firing"), on=["prompt", "layer", "head", "q_pos"])
+    there["attention"] = there["attention"].astype(float)
     total = there.groupby(["prompt", "layer", "head", "q_pos"])["attention"].transform("sum")
     return there.assign(flow=there["flow"] * there["attention"] / total)
 
@@ -80,7 +81,7 @@ def _swept(edges: pd.DataFrame, firings: pd.DataFrame) -> tuple[np.ndarray, np.n
 def trace_flow(edges: pd.DataFrame, roots: Any) -> Flow:
     """Importance of every edge, firing and head of a trace, from the roots down.
 
-    `edges` of `trace`. `roots`: the firings of `trace_tables` (root firings have 1, or their column `weight`), or heads,
+    `edges` of `trace`. `roots`: the firings of `trace_tables` (roots have 1, or their column `weight`), or heads,
     whose firings at `end` have 1; then firings without edges count as heads that do not fire. ValueError for tables
     that lack columns or do not belong together, and where no firing is a root."""
     edges = check_edges(edges, _READS).reset_index(drop=True)
