@@ -238,7 +238,7 @@ def test_head_out_of_range(tiny_model):
         ArchSpec.from_model(model).check_head(0, 4)
     with pytest.raises(TypeError, match="model must be"):
         ArchSpec.from_model("gpt2")
-    with pytest.raises(ValueError, match="register_model"):
+    with pytest.raises(TypeError, match="model must be a loaded model"):
         model_info(object())
 
 

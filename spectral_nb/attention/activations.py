@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from ..base.arguments import checked
 from ..base.checks import check_finite, check_int
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
@@ -112,6 +113,7 @@ def run_to(
     return kept
 
 # %% ../../nbs/attention/activations.ipynb #03-005e
+@checked
 @torch.no_grad()
 def capture(
     model,

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from .activations import exact, refuse_non_finite, run_to, token_batch
 from ..base.checks import check_int, head_name
 from ..models.architectures import ArchSpec
@@ -50,6 +51,7 @@ def component_labels(spec: ArchSpec, layer: int) -> list[str]:
 _HALF = {torch.float16: 0.02, torch.bfloat16: 0.1}  # error of a sum that was rounded to half precision at every step
 
 
+@checked
 @torch.no_grad()
 def component_outputs(
     model,
@@ -88,6 +90,7 @@ def read_gain(model, layer: int) -> Float[Tensor, " d_model"]:
     return torch.ones(spec.d_model, device=model.cfg.device) if gain is None else gain.detach().float()
 
 # %% ../../nbs/attention/components.ipynb #comp-004e
+@checked
 def through_norm(
     model,
     layer: int,  # the reading layer

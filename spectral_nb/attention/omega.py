@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from .spectra import check_reconstruction, factored_svd, sign_weights
 from .stores import TensorCache, TensorStore, stored
 from ..base.checks import check_finite, check_int
@@ -23,6 +24,7 @@ from ..models.architectures import ArchSpec
 from ..models.heads import apply_rotation, head_weights, rotation
 
 # %% ../../nbs/attention/omega.ipynb #03-005
+@checked
 def qk_factors(
     model,
     layer: int,
@@ -43,6 +45,7 @@ def qk_factors(
     return left, right
 
 
+@checked
 def ov_factors(model, layer: int) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_model d_head"]]:
     "`left, right` of `W_OV = W_V @ W_O = left @ right.mT` for every head."
     w = head_weights(model, layer)
@@ -166,6 +169,7 @@ def omega_vectors(model, layer: int, offset: int) -> tuple[Tensor, Tensor, Tenso
     return stored(key, decompose, omega_cache, omega_store, device)
 
 # %% ../../nbs/attention/omega.ipynb #03-008g
+@checked
 def omega_svd(
     model,
     layers: list[int] | None = None,  # None: all

@@ -15,6 +15,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from ..base.arguments import checked
 from .components import component_outputs, through_norm
 from .omega import omega_svd
 from .terms import combine_vectors
@@ -28,6 +29,7 @@ from .slices import SliceData, signal_to_clutter
 from .spectra import subspace_overlap
 
 # %% ../../nbs/attention/origins.ipynb #09-005
+@checked
 def upstream_contributions(model: Any, tokens: Any, data: SliceData, layer: int) -> tuple[list[str], Tensor]:
     """Labels of the components before `layer`, and their contributions `[set, side, n, component]` (equation 8).
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from .activations import Activations
 from ..base.checks import head_name
 
@@ -67,6 +68,7 @@ def pairs_where(acts: Activations, keep: Bool[Tensor, "layer batch head q_pos k_
     return Pairs(prompt, torch.as_tensor(acts.layers, device=layer.device)[layer], head, q_pos, k_pos)
 
 # %% ../../nbs/attention/pairs.ipynb #pairs-005c
+@checked
 def firings(
     acts: Activations,
     batch=None,  # PromptBatch whose attention_mask says what is padding; None: as captured
@@ -84,6 +86,7 @@ def firings(
     return pairs_where(acts, keep)
 
 
+@checked
 def pair_scores(acts: Activations, pairs: Pairs) -> Float[Tensor, " n"]:
     "The model's own attention scores at the pairs, over sqrt(d_head)."
     layer = layer_index(acts, pairs)

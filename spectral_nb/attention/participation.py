@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_finite, check_float, check_int, unknown_name_error
 from .spectra import participation_ratio_from_gram
 
@@ -153,6 +154,7 @@ def _check_read(model, batch, positions: Tensor, min_examples: int | None) -> No
         raise ValueError(f"batch: {len(batch)} prompts are fewer than the {needed} needed (d_head)")
 
 # %% ../../nbs/attention/participation.ipynb #05-011c
+@checked
 def head_participation(
     model,
     batch,
@@ -188,6 +190,7 @@ def _trajectory(pr, at, name: str) -> tuple[np.ndarray, np.ndarray]:
     return pr, at
 
 
+@checked
 def pr_spread(pr) -> np.ndarray:
     "Largest minus smallest PR over checkpoints (the last axis)."
     pr = np.asarray(pr, dtype=float)
@@ -200,6 +203,7 @@ def pr_rise(pr) -> np.ndarray:
     return pr[..., -1] - pr.min(-1)
 
 # %% ../../nbs/attention/participation.ipynb #05-016c
+@checked
 def pr_integral(pr, tokens) -> np.ndarray:
     "Area of max(PR - 1, 0) over ln(tokens), by trapezoids; checkpoints are the last axis, those at 0 tokens left out."
     pr, tokens = _trajectory(pr, tokens, "tokens")
@@ -232,6 +236,7 @@ def _crossing(y: np.ndarray, steps: np.ndarray, fraction: float, least: float) -
     return float(steps[after - 1] + (level - low) / (high - low) * (steps[after] - steps[after - 1]))
 
 # %% ../../nbs/attention/participation.ipynb #05-019
+@checked
 def rank_heads(scores) -> pd.DataFrame:
     "Heads by descending score `[layer, head]`: rank, layer, head, score, share (of the positive scores so far)."
     scores = np.asarray(scores, dtype=float)
@@ -247,6 +252,7 @@ def rank_heads(scores) -> pd.DataFrame:
     )
 
 # %% ../../nbs/attention/participation.ipynb #05-019b
+@checked
 def elbow(scores) -> tuple[int, float]:
     """(number of heads before the knee of the sorted scores, their share of the summed positive scores).
 

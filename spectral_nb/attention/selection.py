@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_finite
 
 # %% ../../nbs/attention/selection.ipynb #sel-004
@@ -32,6 +33,7 @@ def _rule(rule: str) -> tuple[str, float]:
     raise ValueError(f"rule is {rule!r}; allowed: 'paper', 'share:<above 0, at most 1>', 'top:<whole number>'")
 
 # %% ../../nbs/attention/selection.ipynb #sel-004b
+@checked
 def select_slices(
     terms: Float[Tensor, "*n d_head"],  # the terms of each score
     rule: str = "paper",  # "paper", "share:0.9" or "top:5"

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from .activations import Activations, capture
 from .pairs import Pairs, firings, valid_pairs
 from .selection import select_slices
@@ -50,6 +51,7 @@ class SliceData:
         )
 
 # %% ../../nbs/attention/slices.ipynb #09-005b
+@checked
 def measure_slices(
     model: Any,
     batch: Any,  # PromptBatch or [batch, pos] tokens
@@ -79,6 +81,7 @@ def non_firings(acts: Activations, like: Pairs, threshold: float = 0.5, seed: in
     return Pairs(*(torch.cat(parts).unbind(1) if parts else [torch.zeros(0, dtype=torch.long)] * 5))
 
 # %% ../../nbs/attention/slices.ipynb #09-008
+@checked
 def pair_table(data: SliceData) -> pd.DataFrame:
     "One row a pair: indices, score, counts and masses of both signs, ratios of signal and noise to the score."
     terms, mask = data.terms.double(), data.mask
@@ -210,6 +213,7 @@ HEAD_METRICS = (
 )
 
 # %% ../../nbs/attention/slices.ipynb #09-023b
+@checked
 def head_table(data: SliceData) -> pd.DataFrame:
     "Mean over a head's firings of every number of `pair_table`, with `n_firings`, `jaccard_within`, `jaccard_across`."
     table = pair_table(data)

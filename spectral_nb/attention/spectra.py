@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
+
 # %% ../../nbs/attention/spectra.ipynb #02-005
 PR_KINDS = ("entropy", "inverse", "amplitude")
 
@@ -109,6 +111,7 @@ def _times(matrix: Tensor, vector: Tensor) -> Tensor:
     return (vector.unsqueeze(-2) @ matrix.mT).squeeze(-2)
 
 # %% ../../nbs/attention/spectra.ipynb #02-011c
+@checked
 def factored_svd(
     left: Float[Tensor, "*batch m r"],
     right: Float[Tensor, "*batch n r"],
@@ -149,6 +152,7 @@ def _gram(x: Tensor) -> Float[Tensor, "*batch r r"]:
     return x.mT @ x
 
 
+@checked
 def factored_singular_values(
     left: Float[Tensor, "*batch m r"],
     right: Float[Tensor, "*batch n r"],
@@ -170,6 +174,7 @@ def _singular_values(x: Tensor) -> Float[Tensor, "*batch k"]:
     return values.clamp_min(0).sqrt() * scale.squeeze(-1).double()
 
 
+@checked
 def spectral_norm(
     left: Float[Tensor, "*batch m r"],
     right: Float[Tensor, "*batch n r"] | None = None,  # None: the norm of `left` itself
@@ -181,6 +186,7 @@ def spectral_norm(
     return factored_singular_values(left, right)[..., 0]
 
 # %% ../../nbs/attention/spectra.ipynb #02-018b
+@checked
 def frobenius_norm(
     left: Float[Tensor, "*batch m r"], right: Float[Tensor, "*batch n r"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -192,6 +198,7 @@ def frobenius_norm(
     return (_gram(left) * _gram(right)).sum((-2, -1)).clamp_min(0).sqrt().to(left.dtype)
 
 
+@checked
 def stable_rank(
     left: Float[Tensor, "*batch m r"], right: Float[Tensor, "*batch n r"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -220,6 +227,7 @@ def participation_ratio_from_values(
     return torch.where(total.squeeze(-1) > 0, ratio, torch.zeros_like(ratio))
 
 # %% ../../nbs/attention/spectra.ipynb #02-021b
+@checked
 def participation_ratio_from_gram(
     gram: Float[Tensor, "*batch d d"],  # X^T X, best accumulated in float64
     kind: str = "entropy",
@@ -237,6 +245,7 @@ def participation_ratio_from_gram(
     return participation_ratio_from_values(values, kind)
 
 
+@checked
 def participation_ratio(
     x: Float[Tensor, "*batch n d"],  # n examples of a d-dimensional vector, not centred
     kind: str = "entropy",  # one of PR_KINDS
@@ -256,6 +265,7 @@ def orthonormal_basis(x: Float[Tensor, "*batch d k"], name: str = "x") -> Float[
     return q
 
 # %% ../../nbs/attention/spectra.ipynb #02-024b
+@checked
 def principal_angles(a: Float[Tensor, "*batch d k"], b: Float[Tensor, "*batch d m"]) -> Float[Tensor, "*batch min_k_m"]:
     "Angles between two column spaces in radians, ascending, each in [0, pi/2]."
     a, b = orthonormal_basis(a, "a"), orthonormal_basis(b, "b")
@@ -266,6 +276,7 @@ def principal_angles(a: Float[Tensor, "*batch d k"], b: Float[Tensor, "*batch d 
     return torch.atan2(difference.norm(dim=-2), cosine).sort(-1).values
 
 
+@checked
 def subspace_overlap(a: Float[Tensor, "*batch d k"], b: Float[Tensor, "*batch d m"]) -> Float[Tensor, "*batch"]:
     "Mean squared cosine of the principal angles: 0 for orthogonal spaces, 1 when one contains the other."
     return principal_angles(a, b).cos().square().mean(-1)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from .activations import Activations
 from .omega import check_offset, omega_bases, omega_cores, omega_vectors
 from .pairs import Pairs, layer_index
@@ -109,6 +110,7 @@ def slice_coordinates(
     return a, sigma, b
 
 # %% ../../nbs/attention/terms.ipynb #terms-004d
+@checked
 def slice_terms(model, acts: Activations, pairs: Pairs) -> Float[Tensor, "n d_head"]:
     "The d_head terms of every pair, by descending singular value; each row sums to attn_score * sqrt(d_head)."
     a, sigma, b = slice_coordinates(model, acts, pairs)
@@ -142,6 +144,7 @@ def combine_vectors(
     return out
 
 # %% ../../nbs/attention/terms.ipynb #terms-007b
+@checked
 def slice_vectors(
     model, acts: Activations, pairs: Pairs
 ) -> tuple[Float[Tensor, "n rows d_head"], Float[Tensor, "n rows d_head"], Float[Tensor, "n d_head"]]:

@@ -63,15 +63,15 @@ def _has(*attributes: str) -> Callable[[Any], bool]:
     return lambda value: not isinstance(value, type) and all(hasattr(value, a) for a in attributes)
 
 
-def _is_heads(value: Any) -> bool:
-    return isinstance(value, (str, Iterable)) and not isinstance(value, (bytes, Mapping))
+def _is_model(value: Any) -> bool:
+    return callable(value) and _has("parameters", "eval")(value)  # a module: loaded here or Hugging Face's own
 
 
 NAMED = {
-    "model": Kind("a loaded model (see models.load_model)", _has("cfg", "blocks", "run_with_hooks")),
-    "batch": Kind("a PromptBatch (see prompts.make_batch)", _has("tokens", "attention_mask", "positions", "subset")),
+    "model": Kind("a loaded model (see models.load_model)", _is_model),
+    "batch": Kind("a PromptBatch (see prompts.make_batch)", _has("tokens", "attention_mask")),
     "acts": Kind("Activations (see attention.capture)", _has("layers", "ln_scale", "pattern")),
-    "heads": Kind("heads such as 'L9H6' or pairs (layer, head)", _is_heads),
+    "heads": Kind("heads such as 'L9H6' or pairs (layer, head)", lambda value: isinstance(value, Iterable)),
     "metric": Kind("the name of a metric, or a function", lambda value: isinstance(value, str) or callable(value)),
     "tokenizer": Kind("a tokenizer", _has("encode", "decode")),
 }
@@ -141,13 +141,14 @@ def _check_array(annotation: Any) -> Callable[[str, Any], None]:
         array = _array_of(name, value)
         least = len(dims) - variadic
         if len(array.shape) < least or (len(array.shape) > least and not variadic):
-            raise ValueError(f"{name} must be an array {words}, got shape {tuple(array.shape)}")
+            raise ValueError(f"{name} has shape {tuple(array.shape)}: needed is an array {words}")
         listed = not hasattr(value, "shape")
         if wanted and not listed and not letters[_letter(array.dtype)] & wanted:
             raise TypeError(f"{name} must hold {' or '.join(sorted(wanted))} numbers, got {array.dtype}")
-        finite = array.isfinite() if hasattr(array, "isfinite") else np.isfinite(array)
-        if not finite.all():
-            raise ValueError(f"{name} has {int((~finite).sum())} non-finite values")
+        if not math.isfinite(array.sum()):  # one number first: of a large array no second one is made
+            finite = array.isfinite() if hasattr(array, "isfinite") else np.isfinite(array)
+            if not finite.all():
+                raise ValueError(f"{name} has values that are not finite ({int((~finite).sum())} of them)")
 
     return check
 

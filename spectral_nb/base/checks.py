@@ -74,16 +74,18 @@ def parse_head(head) -> tuple[int, int]:
             return int(layer), int(index)
         raise ValueError(f"head={head!r} is not of the form 'L9H6' or '9.6'")
     if isinstance(head, Iterable) and len(pair := tuple(head)) == 2:
-        return check_int("layer", pair[0], 0), check_int("head", pair[1], 0)
+        return check_int("layer of a head", pair[0], 0), check_int("head", pair[1], 0)
     raise ValueError(f"head={head!r} is neither a name such as 'L9H6' nor a pair (layer, head)")
 
 
-def parse_heads(heads, *, n_layers: int | None = None, n_heads: int | None = None) -> list[tuple[int, int]]:
+def parse_heads(
+    heads, argument: str = "heads", *, n_layers: int | None = None, n_heads: int | None = None
+) -> list[tuple[int, int]]:
     """List of (layer, head) from `'L9H6 L9H9'` or any iterable of heads.
 
     ValueError for a head beyond `n_layers` or `n_heads` (where given), or one that is named twice."""
     if not isinstance(heads, (str, Iterable)) or isinstance(heads, (bytes, dict)):
-        raise TypeError(f"heads must be names such as 'L9H6' or pairs, got {heads!r} ({type(heads).__name__})")
+        raise TypeError(f"{argument} must be names such as 'L9H6' or pairs, got {heads!r} ({type(heads).__name__})")
     items = heads.replace(",", " ").split() if isinstance(heads, str) else list(heads)
     pairs = [parse_head(h) for h in items]
     for layer, head in pairs:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .arguments import checked
 from .checks import check_float, check_in, check_int
 from .intervals import Interval
 
@@ -62,9 +63,10 @@ def claim_row(claim: str, effect: Interval, rule: str, verdict: str, **rest: Any
     return {column: row[column] for column in CLAIM_ROW}
 
 # %% ../../nbs/base/claims.ipynb #claims-009
+@checked
 def differs(
     claim: str,  # the sentence, with its side: "ablation lowers the score"
-    effect: Interval,  # or (estimate, low, high), in `unit`
+    effect: Interval | tuple[float, ...],  # (estimate, low, high), in `unit`
     null: float,  # what the effect would be if the claim were wrong, in `unit`
     *,
     side: str,  # "greater" or "less": where the claim puts the effect
@@ -84,9 +86,10 @@ def differs(
     return claim_row(claim, interval, "differs", verdict, unit=unit, n=n, null=null, published=published)
 
 # %% ../../nbs/base/claims.ipynb #claims-012
+@checked
 def equals(
     claim: str,  # the sentence: "the share of edges is the published one"
-    effect: Interval,  # or (estimate, low, high), in `unit`
+    effect: Interval | tuple[float, ...],  # (estimate, low, high), in `unit`
     value: float,  # what the claim says the effect is, in `unit`; the row's column `null`
     margin: float,  # largest difference that counts as equal, above 0, in `unit`; fixed before the run
     *,
@@ -108,6 +111,7 @@ def equals(
     return claim_row(claim, interval, "equals", verdict, **rest)
 
 # %% ../../nbs/base/claims.ipynb #claims-015
+@checked
 def identity(
     claim: str,  # the sentence: "the terms sum to the score"
     error: Any,  # difference of the two sides: a number or an array of them, in `unit`
@@ -120,7 +124,10 @@ def identity(
 
     The effect is the largest absolute error and has no interval; verdict *yes* if it is at most `tolerance`, else *no*.
     ValueError for an error that is empty or not finite, or a tolerance that is not above 0."""
-    errors = np.abs(np.asarray(error.detach().cpu() if hasattr(error, "detach") else error, dtype=float))
+    try:
+        errors = np.abs(np.asarray(error.detach().cpu() if hasattr(error, "detach") else error, dtype=float))
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"error must be a number or an array of numbers, got {type(error).__name__}") from e
     if not errors.size or not np.isfinite(errors).all():
         raise ValueError(
             f"error must hold finite numbers, at least one; {int((~np.isfinite(errors)).sum())} of them are not"
@@ -151,6 +158,7 @@ def _held_rows(rows: list[dict]) -> list[dict]:
     return filled
 
 # %% ../../nbs/base/claims.ipynb #claims-019
+@checked
 def claims_table(
     rows: Iterable[Mapping],  # of `differs`, `equals`, `identity`; or all with `claim`, `effect` and `holds`
 ) -> pd.DataFrame:

@@ -15,6 +15,8 @@ from typing import Any
 
 import pandas as pd
 
+from .arguments import checked
+
 # %% ../../nbs/base/files.ipynb #00-020
 @contextmanager
 def atomic_path(path: str | Path):
@@ -29,6 +31,7 @@ def atomic_path(path: str | Path):
         temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/base/files.ipynb #f-t
+@checked
 def write_table(table: pd.DataFrame, path: str | Path) -> Path:
     "Write a table as parquet, atomically, without its index; returns the path. TypeError for what is no DataFrame."
     if not isinstance(table, pd.DataFrame):
@@ -38,6 +41,7 @@ def write_table(table: pd.DataFrame, path: str | Path) -> Path:
     return Path(path)
 
 
+@checked
 def read_table(path: str | Path) -> pd.DataFrame:
     "Read a parquet table; FileNotFoundError or ValueError name the file."
     path = Path(path)

@@ -15,10 +15,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from .arguments import checked
 from .checks import parse_heads
 from .plots import COLORS, DIVERGING, SEQUENTIAL, axes_of, check_columns
 
 # %% ../../nbs/base/head_maps.ipynb #heads-005
+@checked
 def head_matrix(table: pd.DataFrame, value: str) -> np.ndarray:
     "[n_layers, n_heads] of a column of a table with `layer`, `head`; NaN for a missing head, KeyError without it."
     check_columns(table, "layer", "head", value)
@@ -27,6 +29,7 @@ def head_matrix(table: pd.DataFrame, value: str) -> np.ndarray:
     return out
 
 # %% ../../nbs/base/head_maps.ipynb #heads-008
+@checked
 def plot_heads(
     values: Any,
     *,
@@ -59,7 +62,7 @@ def plot_heads(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.figure.colorbar(image, ax=ax, label=label)
-    for layer, head in parse_heads(ring, n_layers=values.shape[0], n_heads=values.shape[1]):
+    for layer, head in parse_heads(ring, "ring", n_layers=values.shape[0], n_heads=values.shape[1]):
         ax.add_patch(plt.Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=COLORS[1], linewidth=2.2))
     if annotate or (annotate is None and values.size <= 40):
         for (layer, head), v in np.ndenumerate(values):

@@ -15,16 +15,25 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .arguments import checked
 from .checks import check_in, check_int
 
 # %% ../../nbs/base/intervals.ipynb #04-005
 @dataclass(frozen=True)
 class Interval:
-    "An estimate with the bounds of its confidence interval."
+    """An estimate with the bounds of its confidence interval, in one unit; a bound may be infinite, or NaN for none.
+
+    TypeError for what is no number."""
 
     estimate: float
     low: float
     high: float
+
+    def __post_init__(self):
+        for name in ("estimate", "low", "high"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+                raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
 
     def __iter__(self) -> Iterator[float]:
         return iter((self.estimate, self.low, self.high))
@@ -39,7 +48,10 @@ class Interval:
 # %% ../../nbs/base/intervals.ipynb #04-008
 def _check_values(argument: str, values) -> np.ndarray:
     "A one-dimensional float array, or a ValueError that names the argument."
-    x = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=float)
+    try:
+        x = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=float)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"{argument}: needs a list of numbers, got {type(values).__name__}") from e
     if x.ndim != 1 or not len(x):
         raise ValueError(f"{argument}: needs a list of numbers, got shape {x.shape}")
     if bad := int((~np.isfinite(x)).sum()):
@@ -75,6 +87,7 @@ def _over_groups(x: np.ndarray, labels: np.ndarray, *, statistic: Callable, leve
     return np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
 
 # %% ../../nbs/base/intervals.ipynb #04-008c
+@checked
 def bootstrap_ci(
     values: Any,  # [n], numbers
     statistic: Callable = np.mean,  # of a 1-D array
@@ -101,6 +114,7 @@ def bootstrap_ci(
     return Interval(estimate, float(low), float(high))
 
 # %% ../../nbs/base/intervals.ipynb #04-012
+@checked
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson score interval of the share `successes / n`, between 0 and 1.
 
@@ -115,12 +129,13 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 ALTERNATIVES = ("greater", "less", "two-sided")
 
 # %% ../../nbs/base/intervals.ipynb #04-015b
+@checked
 def exact_p(effect: float, draws, alternative: str = "greater") -> float:
     """Rank p-value of `effect` among `draws`: (1 + as extreme) / (1 + all); 1 without draws.
 
     `alternative`: "greater", "less" or "two-sided". ValueError for another one, or numbers that are not finite."""
     check_in("alternative", alternative, ALTERNATIVES)
-    if not len(draws):
+    if hasattr(draws, "__len__") and not len(draws):
         return 1.0
     x = _check_values("draws", draws)
     if not math.isfinite(effect):
@@ -134,6 +149,7 @@ def mean_difference(a, b, axis: int = -1):
     return np.mean(a, axis=axis) - np.mean(b, axis=axis)
 
 # %% ../../nbs/base/intervals.ipynb #04-018b
+@checked
 def permutation_p(
     a: Any,  # [n]
     b: Any,  # [m]

@@ -11,12 +11,15 @@ from typing import Any
 
 import pandas as pd
 
+from .arguments import checked
+
 # %% ../../nbs/base/long_tables.ipynb #long-005
 LONG_FIRST = ("model", "revision", "step", "tokens", "processing", "task", "layer", "head")
 LONG_LAST = ("metric", "value", "ci_low", "ci_high", "n")
 _WHOLE = ("step", "tokens", "layer", "head")
 
 # %% ../../nbs/base/long_tables.ipynb #long-005b
+@checked
 def long_table(
     parts: Iterable[pd.DataFrame],  # each with `metric` and `value`; any of the other columns
     info: Any = None,  # a ModelInfo: fills model, revision, step, tokens, processing where a part does not say them

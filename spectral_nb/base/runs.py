@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .arguments import checked
 from .checks import check_int
 from .files import atomic_path, write_json, write_table
 from .paths import runs_dir
 
 # %% ../../nbs/base/runs.ipynb #00-014
+@checked
 def seed_everything(seed: int) -> int:
     "Seed Python, NumPy and (if it is loaded) torch; returns the seed, a whole number from 0 to 2**32 - 1."
     check_int("seed", seed, 0, 2**32 - 1)
@@ -61,6 +63,7 @@ def code_version(length: int = 12) -> str:
     return digest.hexdigest()[:length]
 
 # %% ../../nbs/base/runs.ipynb #r-id
+@checked
 def run_id(section: str, params: dict, weights_hash: str = "", code: str | None = None) -> str:
     """Identity of a run, 16 hexadecimal digits: the same section, parameters, weights and code give the same id.
 
@@ -69,6 +72,7 @@ def run_id(section: str, params: dict, weights_hash: str = "", code: str | None 
     return stable_hash([section, params, weights_hash, code_version() if code is None else code])
 
 
+@checked
 def run_folder(section: str, params: dict, weights_hash: str = "", out_dir: str | Path = "") -> Path:
     """Folder of a run, made if needed: `out_dir` if given, else `data/runs/<section>/<run id>`.
 
@@ -83,6 +87,7 @@ def run_folder(section: str, params: dict, weights_hash: str = "", out_dir: str 
     return folder
 
 # %% ../../nbs/base/runs.ipynb #00-023
+@checked
 def save_run(
     section: str,
     params: dict,

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import run_to
 from ..base.checks import check_in, parse_heads
 from .metrics import evaluate
@@ -32,6 +33,7 @@ class HeadReference:
     lengths: Int[Tensor, " prompt"]
 
 
+@checked
 def reference_outputs(model, batch, batch_size: int = 256) -> HeadReference:
     """Run `batch` once, `batch_size` prompts at a time, and keep every head's output before W_O.
 
@@ -74,6 +76,7 @@ def run_once(model, reference, mode: str):
     return reference_outputs(model, reference)
 
 # %% ../../nbs/causal/ablation.ipynb #ablation-008
+@checked
 @contextmanager
 def ablate_heads(model, heads, mode: str = "zero", reference=None, seed: int = 0):
     """Within the block, the output of `heads` (pairs or names such as `"L0H1 L2H3"`) is replaced.

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from ..base.intervals import bootstrap_ci
 from .ablation import MODES, replacement, run_once
@@ -55,6 +56,7 @@ def _stand_ins(model: Any, part: Any, mode: str, reference: Any, seed: int) -> l
     return [replacement(like, layer, heads, mode, reference, seed) for layer in range(n_layers)]
 
 # %% ../../nbs/causal/attribution.ipynb #attribution-008
+@checked
 def attribute_heads(
     model: Any,
     batch: Any,

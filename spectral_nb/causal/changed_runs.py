@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_int
 from ..base.progress import progress
 from .changes import Changes, change_hooks
@@ -103,6 +104,7 @@ def _watcher(layer: int, watch: Tensor, seen: Tensor):
     return hook_fn
 
 # %% ../../nbs/causal/changed_runs.ipynb #changed-runs-010
+@checked
 @torch.inference_mode()
 def run_changed(
     model: Any,

@@ -9,6 +9,7 @@ __all__ = ['single_heads']
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_in, parse_heads
 from ..base.intervals import bootstrap_ci
 from .ablation import MODES, run_once
@@ -16,6 +17,7 @@ from .head_runs import head_values
 from .metrics import evaluate, harm
 
 # %% ../../nbs/causal/head_effects.ipynb #head-effects-004
+@checked
 def single_heads(
     model,
     batch,

@@ -11,6 +11,7 @@ import random
 import warnings
 from collections.abc import Sequence
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int, head_name, parse_heads
 
 # %% ../../nbs/causal/matched_sets.ipynb #matched-sets-004
@@ -61,6 +62,7 @@ def _pools(heads, exclude, n_heads: int, match: str, n_layers: int | None) -> li
     return [([(ly, h) for ly in range(n_layers) for h in range(n_heads) if (ly, h) not in taken], len(heads))]
 
 # %% ../../nbs/causal/matched_sets.ipynb #matched-sets-007
+@checked
 def matched_random(
     heads, n_draws: int, seed: int, *, n_heads: int, exclude=(), match: str = "layer", n_layers: int | None = None
 ) -> list[list[tuple[int, int]]]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import run_to
 from ..base.checks import check_in, check_int
 from ..base.intervals import Interval, bootstrap_ci, wilson
@@ -58,6 +59,7 @@ def end_values(end: Float[Tensor, "batch vocab"], batch, metric: str) -> Float[T
     return (gap > 0).to(end.dtype) if metric == "accuracy_vs_rival" else gap
 
 # %% ../../nbs/causal/metrics.ipynb #metrics-006
+@checked
 def metric_values(logits: Float[Tensor, "batch pos vocab"], batch, metric: str | Callable) -> np.ndarray:
     """`metric` of every prompt: one of `METRICS`, or a function of `(logits, batch)` that returns one value a prompt.
 
@@ -106,6 +108,7 @@ def read_values(logits: Float[Tensor, "batch read vocab"], batch, metric: str | 
     return np.asarray(values.double().cpu() if isinstance(values, Tensor) else values, dtype=float)
 
 # %% ../../nbs/causal/metrics.ipynb #metrics-010
+@checked
 def evaluate(model, batch, metric: str | Callable = "accuracy", batch_size: int = 256) -> np.ndarray:
     """`metric` of every prompt of `batch` under `model` as it is now (hooks included), `batch_size` prompts at a time.
 
@@ -130,6 +133,7 @@ def _part_values(model, part, metric) -> np.ndarray:
     return read_values(logits, part, metric)
 
 
+@checked
 def refuse_layers(model, tokens) -> None:
     "ValueError naming the first layer whose output is not finite, or the logits where all layers are."
     layers = range(model.cfg.n_layers)

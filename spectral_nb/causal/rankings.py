@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_in, head_name, parse_heads
 from ..base.intervals import Interval, bootstrap_ci
 from .ablation import MODES, ablated_values, run_once
@@ -54,6 +55,7 @@ def _share_of_metric(values: np.ndarray) -> np.ndarray:
     return (values - values[0]) / gap if gap else np.full(len(values), np.nan)
 
 # %% ../../nbs/causal/rankings.ipynb #rankings-007
+@checked
 def faithfulness(
     model: Any,
     batch: Any,

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int, parse_heads
 from ..base.intervals import Interval, bootstrap_ci, exact_p
 from .ablation import MODES, ablated_values, run_once
@@ -22,6 +23,7 @@ from .metrics import evaluate, harm, metric_interval
 VERDICTS = ("primary", "secondary", "interferer", "correlate", "null", "untested")
 
 # %% ../../nbs/causal/set_tests.ipynb #set-tests-005
+@checked
 def set_verdict(
     effect: Interval, draw_effects, *, selective: bool = False, alpha: float = 0.05, far: float = 2.0
 ) -> str:
@@ -142,6 +144,7 @@ def _result(options, metric, pairs, draws, baseline, ablated, draw_values, whole
     )
 
 # %% ../../nbs/causal/set_tests.ipynb #set-tests-012
+@checked
 def ablation_test(
     model,
     batch,

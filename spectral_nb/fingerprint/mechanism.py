@@ -11,12 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import run_to
 from ..attention.participation import head_shape, read_outputs, read_positions
 from ..attention.spectra import factored_singular_values, participation_ratio_from_values
 from ..models.heads import head_weights
 
 # %% ../../nbs/fingerprint/mechanism.ipynb #mechanism-005
+@checked
 def key_attention(
     model, batch, query: str = "end", key: str = "key", batch_size: int = 256
 ) -> dict[str, Float[np.ndarray, "layer head"]]:
@@ -37,6 +39,7 @@ def key_attention(
     return {"attention": to_key / len(batch), "selectivity": to_key / np.maximum(to_others, 1e-12)}
 
 # %% ../../nbs/fingerprint/mechanism.ipynb #mechanism-008
+@checked
 def codeword_readout(model, train, test, role: str = "end", ridge: float = 1e-2) -> tuple[np.ndarray, float]:
     """(share of `test` prompts whose answer each head's output names [layer, head], chance).
 

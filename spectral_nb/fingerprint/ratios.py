@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from spectral_nb.attention.participation import (
     HeadGrams,
     fixed_content,
@@ -34,6 +35,7 @@ from ..models.records import model_info
 _NULLS = ("shuffled", "fixed")
 
 
+@checked
 def head_ratios(
     model, batch, role: str = "end", *, content: str = "key", nulls: Iterable[str] = _NULLS, seed: int = 0
 ) -> dict[str, Float[np.ndarray, "layer head"]]:
@@ -82,6 +84,7 @@ def checkpoint_ratios(model, batch, null_positions) -> tuple[dict[str, np.ndarra
 _COLUMNS = ["model", "revision", "step", "tokens", "processing", "layer", "head", "metric", "value"]
 
 
+@checked
 def ratio_rows(model, ratios: dict[str, np.ndarray]) -> list[dict]:
     "Rows of the trajectory table for one checkpoint."
     info = model_info(model)
@@ -99,6 +102,7 @@ def ratio_rows(model, ratios: dict[str, np.ndarray]) -> list[dict]:
     ]
 
 
+@checked
 def ratio_trajectory(
     name,
     revisions: Sequence[str],
@@ -151,6 +155,7 @@ def score_trajectory(pr: Float[np.ndarray, "*head ckpt"], tokens: Sequence[float
     return pr_integral(pr, tokens) if score == "integral" else {"spread": pr_spread, "rise": pr_rise}[score](pr)
 
 # %% ../../nbs/fingerprint/ratios.ipynb #ratios-015
+@checked
 def head_scores(table: pd.DataFrame) -> dict[str, Float[np.ndarray, "layer head"]]:
     """Scores `[layer, head]` by name for one model's trajectory.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..attention.participation import pick_heads, shuffled_positions
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_table
@@ -181,6 +182,7 @@ def ablation_rows(
     )
 
 # %% ../../nbs/fingerprint/seed_runs.ipynb #runs-015
+@checked
 def measure_seeds(folders: Iterable[str | Path], **options) -> None:
     "Write `trajectory.parquet` and `heads.parquet` into each run's folder, unless they are there."
     batches = seed_batches()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from ..base.intervals import Interval, bootstrap_ci, exact_p, wilson
 from .ratios import SCORES, as_array, false_positives, score_trajectory, tokens_seen
@@ -66,6 +67,7 @@ def _pair_overlap(sets: list[np.ndarray]) -> float:
     return float((total * (total - 1) / 2).sum() / (len(sets) * (len(sets) - 1) / 2))
 
 
+@checked
 def recurrence(
     picks: dict[int, list], n_layers: int, n_heads: int, within: str = "layer", n_draws: int = 2000, seed: int = 0
 ) -> dict:
@@ -96,6 +98,7 @@ def recurrence(
     }
 
 
+@checked
 def layer_shares(picks: dict[int, list], n_layers: int, seed: int = 0) -> pd.DataFrame:
     "Share of all picks that lies in each layer, with an interval over seeds."
     counts = np.array([[sum(ly == layer for ly, _ in heads) for layer in range(n_layers)] for heads in picks.values()])
@@ -111,6 +114,7 @@ def _auc(value: np.ndarray, label: np.ndarray) -> float:
     return float((stats.rankdata(value)[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
+@checked
 def start_prediction(
     heads: pd.DataFrame,
     feature: str,

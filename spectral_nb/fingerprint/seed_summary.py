@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_in
 from ..base.intervals import Interval
 from .ratios import SCORES
@@ -45,6 +46,7 @@ class SeedSummary:
     lags: pd.DataFrame
 
 # %% ../../nbs/fingerprint/seed_summary.ipynb #summary-004
+@checked
 def summarise_seeds(score: str = "spread", folder=None) -> SeedSummary:
     "Read the committed tables (or those in `folder`) and compute what the article shows."
     tables = load_seed_tables(folder)

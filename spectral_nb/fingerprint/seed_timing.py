@@ -9,6 +9,7 @@ __all__ = ['lead_times']
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..attention.participation import transition_step
 from ..base.checks import check_in
 from ..base.intervals import Interval, bootstrap_ci
@@ -28,6 +29,7 @@ def _signal_array(trajectory: pd.DataFrame, signal: str = "pr") -> tuple[np.ndar
     return (pr, steps) if signal == "pr" else (content_ratio(pr, as_array(trajectory, "pr_fixed")[0]), steps)
 
 
+@checked
 def lead_times(
     trajectory: pd.DataFrame, picks: dict[int, list], signal: str = "pr", fraction: float = 0.5
 ) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..base.arguments import checked
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_table
 from ..base.paths import data_dir
@@ -39,6 +40,7 @@ def tables_dir() -> Path:
     return data_dir() / "tables"
 
 
+@checked
 def load_seed_tables(folder: str | Path | None = None) -> dict[str, pd.DataFrame]:
     "The committed tables by short name: trajectory, heads, ablation."
     return {
@@ -46,6 +48,7 @@ def load_seed_tables(folder: str | Path | None = None) -> dict[str, pd.DataFrame
     }
 
 
+@checked
 def make_seed_tables(folders: Iterable[str | Path], out: str | Path | None = None) -> dict[str, pd.DataFrame]:
     "Join the runs' tables, ablate at each seed's emergence and at the last step, and write all three tables."
     folders = [Path(f) for f in folders]

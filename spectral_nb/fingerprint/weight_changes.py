@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from ..base.arguments import checked
 from ..attention.participation import head_shape
 from ..base.checks import check_int
 from ..models.heads import head_weights
@@ -24,6 +25,7 @@ def head_parameters(model) -> Float[np.ndarray, "layer head parameter"]:
     return torch.stack(out).double().numpy()
 
 # %% ../../nbs/fingerprint/weight_changes.ipynb #weights-006
+@checked
 def weighted_gap(deltas: Float[np.ndarray, "*head window parameter"]) -> Float[np.ndarray, "*head"]:
     "Signal-weighted spectral gap of a window of weight changes; 1 where nothing moves."
     deltas = np.asarray(deltas, dtype=float)
@@ -36,6 +38,7 @@ def weighted_gap(deltas: Float[np.ndarray, "*head window parameter"]) -> Float[n
     return ((s[..., :-1] / s[..., :1]) * (s[..., :-1] / s[..., 1:])).max(-1)
 
 
+@checked
 def rolling_gap(
     parameters: Float[np.ndarray, "ckpt layer head parameter"], window: int = 10
 ) -> Float[np.ndarray, "layer head ckpt"]:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from .architectures import ArchSpec
 
 # %% ../../nbs/models/heads.ipynb #heads-005
@@ -65,6 +66,7 @@ def _gain(attn: Any, name: str, spec: ArchSpec, n_heads: int) -> Tensor | None:
     return g.repeat_interleave(spec.n_heads // n_heads, dim=0)
 
 # %% ../../nbs/models/heads.ipynb #heads-008
+@checked
 def head_weights(
     model: Any,  # TransformerBridge
     layer: int,
@@ -80,6 +82,7 @@ def head_weights(
     return HeadWeights(**W, **b, q_gain=q_gain, k_gain=_gain(attn, "k_norm", spec, spec.n_key_value_heads))
 
 # %% ../../nbs/models/heads.ipynb #heads-010
+@checked
 def rotation(model: Any, positions: Int[Tensor, "pos"]) -> tuple[Tensor, Tensor] | None:
     "(cos, sin) [pos, rotary_dim] of the rotary angles at `positions`; None for a model without rotary positions."
     if ArchSpec.from_model(model).positions != "rotary":
@@ -91,6 +94,7 @@ def rotation(model: Any, positions: Int[Tensor, "pos"]) -> tuple[Tensor, Tensor]
     return angles.cos(), angles.sin()
 
 
+@checked
 def apply_rotation(
     x: Float[Tensor, "*batch d_head"],
     cos: Float[Tensor, "*#batch rotary_dim"],

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from .loading import from_hf
 from spectral_nb.models.planted_parts import (
@@ -265,6 +266,7 @@ PLANTED = {
 }
 
 # %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-020
+@checked
 def planted(
     name: str,  # induction, inhibition, rotary or grouped
     n_prompts: int = 16,

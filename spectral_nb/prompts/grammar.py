@@ -12,6 +12,7 @@ from functools import lru_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in
 
 # %% ../../nbs/prompts/grammar.ipynb #04-005
@@ -154,6 +155,7 @@ def lexicon() -> Lexicon:
     return Lexicon(tuple(words), {w: i for i, w in enumerate(words)}, codewords)
 
 # %% ../../nbs/prompts/grammar.ipynb #04-014
+@checked
 def story_tokenizer(n_ctx: int = 64) -> PreTrainedTokenizerFast:
     """The word-level tokenizer of the grammar (512 tokens); `save_pretrained` writes it beside a model."""
     tokenizer = Tokenizer(models.WordLevel(dict(lexicon().ids), unk_token=UNK))

@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 import numpy as np
 from jaxtyping import Int
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in
 from spectral_nb.prompts.grammar import ADJECTIVES, PLACES, PREPOSITIONS, THINGS, VERBS, WORDINGS, lexicon
 
@@ -194,6 +195,7 @@ def _shares(mix: dict[str, float]) -> dict[str, float]:
     return {k: mix.get(k, 0.0) / sum(mix.values()) for k in DEFAULT_MIX}
 
 
+@checked
 def sample_training(
     rng: np.random.Generator,
     n_sequences: int,
@@ -224,6 +226,7 @@ def sample_training(
     return rng.permutation(np.concatenate(rows)) if rows else np.zeros((0, n_ctx), dtype=np.int64)
 
 # %% ../../nbs/prompts/stories.ipynb #04-028
+@checked
 def sample_stories(rng: np.random.Generator, n_stories: int, n_words: int = 60) -> list[str]:
     """Stories of the grammar as strings of at most `n_words` words, cut at a sentence's end."""
     words = lexicon().words

@@ -6,6 +6,7 @@
 __all__ = ['TASKS', 'make_batch']
 
 # %% ../../nbs/prompts/tasks.ipynb #04-002
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.prompts.lookup_tasks import induction, retrieval
@@ -16,6 +17,7 @@ from spectral_nb.prompts.sentence_tasks import ioi, sva
 TASKS = {"ioi": ioi, "sva": sva, "retrieval": retrieval, "induction": induction, "text": text}
 
 
+@checked
 def make_batch(task: str, tokenizer_or_model, n_prompts: int, seed: int = 0, **kwargs) -> PromptBatch:
     """A batch of the named task; `kwargs` are the task's own arguments."""
     check_in("task", task, TASKS)

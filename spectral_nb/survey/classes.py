@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_in, check_int
 from .streaming import Draws, selectivity, survey_sums
 from .targets import CLASSES, LOCAL_BACK, earlier_occurrence
@@ -54,6 +55,7 @@ def classify(
     return np.where(best >= threshold, names[order[..., 0]], "unclassified"), best, names[order[..., 1]]
 
 # %% ../../nbs/survey/classes.ipynb #classes-008
+@checked
 def capability_survey(
     model,
     batch,  # prompt set with `tokens` and `positions`
@@ -109,6 +111,7 @@ def _survey_table(
     return table
 
 # %% ../../nbs/survey/classes.ipynb #classes-014
+@checked
 def class_stability(
     model,
     batch,
@@ -144,6 +147,7 @@ def class_stability(
     return table
 
 # %% ../../nbs/survey/classes.ipynb #classes-017
+@checked
 def by_kv_group(survey: pd.DataFrame, threshold: float = 30.0) -> pd.DataFrame:
     "One row per key-value head: best scores of its query heads, class by the same rule, `agree`: all of one class."
     groups = survey.groupby(["layer", "kv_head"], sort=True)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.spectra import participation_ratio
 from .classes import query_and_targets
 
@@ -45,6 +46,7 @@ def _expert_inputs(model, tokens: Tensor, query: Tensor, batch_size: int) -> lis
     return [torch.cat(parts) for parts in inputs]
 
 
+@checked
 def expert_participation(model, batch, *, query_role: str = "end", batch_size: int = 32) -> pd.DataFrame:
     """One row an expert: `layer expert n_routed share participation_ratio` (of its weighted output at the query).
 

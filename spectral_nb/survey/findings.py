@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import head_name
 from ..base.claims import differs, equals
 from ..base.intervals import Interval, wilson
@@ -99,6 +100,7 @@ def ranking_claims(m: ModelSurvey) -> list[dict]:
     return rows
 
 # %% ../../nbs/survey/findings.ipynb #findings-009x
+@checked
 def survey_claims(surveyed: Sequence[ModelSurvey]) -> pd.DataFrame:
     "Every sentence for every model that can speak to it: `model`, the columns of `base.claims`, and `about`."
     rows = []

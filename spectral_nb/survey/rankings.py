@@ -13,12 +13,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from ..base.arguments import checked
 from ..attention.participation import pr_integral, pr_spread
 from ..base.checks import check_finite, check_float, check_in, check_int, head_name
 from ..base.intervals import wilson
 from .targets import CLASSES
 
 # %% ../../nbs/survey/rankings.ipynb #rankings-006
+@checked
 def ranking_table(
     pr: Float[np.ndarray, "layer head checkpoint"],
     tokens: Sequence[float] | None = None,  # seen at each checkpoint, increasing; None: only one checkpoint
@@ -58,6 +60,7 @@ def matched_k(n_heads: int, share: float = 0.18) -> int:
     return max(1, round(check_float("share", share, 0, 1) * n_heads))
 
 # %% ../../nbs/survey/rankings.ipynb #rankings-013
+@checked
 def precision_at_k(classed: pd.DataFrame, ks: Sequence[int], *, without_bos: bool = False) -> pd.DataFrame:
     "Share of the first k heads that have a class, with a Wilson interval: `k precision ci_low ci_high classified`."
     ranked = classed.sort_values("rank")
@@ -73,6 +76,7 @@ def precision_at_k(classed: pd.DataFrame, ks: Sequence[int], *, without_bos: boo
     return pd.DataFrame(rows, columns=["k", "precision", "ci_low", "ci_high", "classified"])
 
 
+@checked
 def conserved_fraction(classed: pd.DataFrame, k: int | None = None, *, without_bos: bool = False) -> dict:
     "Classified heads among the first `k` (default: matched), over all heads: `k classified fraction ci_low ci_high`."
     k = k or matched_k(len(classed))

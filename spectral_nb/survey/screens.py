@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_in, check_int, parse_heads
 from ..base.intervals import wilson
 from ..causal.matched_sets import head_list
@@ -18,6 +19,7 @@ from ..fingerprint.removals import TARGET_METRICS, control_sets, removal_table, 
 from .targets import CLASSES
 
 # %% ../../nbs/survey/screens.ipynb #screens-006
+@checked
 def screen_heads(
     survey: pd.DataFrame,
     capability: str = "induction",  # one of CLASSES
@@ -31,6 +33,7 @@ def screen_heads(
     return list(zip(hits["layer"].astype(int), hits["head"].astype(int)))
 
 # %% ../../nbs/survey/screens.ipynb #screens-009x
+@checked
 def screen_ablation(
     model,
     batch,  # not the batch of the screen
@@ -50,6 +53,7 @@ def screen_ablation(
     return removal_table(model, batch, pairs, control_sets(pairs, n_draws, seed, model.cfg, exclude), seed=seed)
 
 # %% ../../nbs/survey/screens.ipynb #screens-019
+@checked
 def removal_curve(
     model,
     batch,

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pandas as pd
 from scipy import stats
 
+from ..base.arguments import checked
 from ..base.checks import check_in, head_name
 from ..base.intervals import Interval, wilson
 
@@ -23,6 +24,7 @@ def newcombe(one: Interval, two: Interval) -> Interval:
     return Interval(gap, low, gap + math.hypot(two.high - two.estimate, one.estimate - one.low))
 
 # %% ../../nbs/survey/sinks.ipynb #sinks-007
+@checked
 def bos_share(survey: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     """Share of heads of class first token with a Wilson interval: `bos n_heads share ci_low ci_high`.
 

@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import head_name
 from .graph_scores import known_heads
 from .graphs import communication_edges
@@ -86,6 +87,7 @@ def _draw_legend(ax, tokens: set[str], known: bool) -> None:
         ax.legend(handles=marks, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 # %% ../../nbs/tracing/drawing.ipynb #drawing-007
+@checked
 def draw_graph(
     graph: nx.DiGraph, *, known: Any = None, roles: list[str] | None = None, ax: Any = None, title: str = ""
 ) -> Any:

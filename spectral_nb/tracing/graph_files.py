@@ -12,11 +12,13 @@ from pathlib import Path
 
 import networkx as nx
 
+from ..base.arguments import checked
 from ..base.checks import check_in, head_name
 from ..base.files import atomic_path
 from .graphs import SCHEMA
 
 # %% ../../nbs/tracing/graph_files.ipynb #graph-files-004
+@checked
 def write_graph(graph: nx.DiGraph, path: str | Path) -> Path:
     "Save as GraphML or JSON, by the file's suffix (ValueError for another), and return the path."
     path = Path(path)
@@ -86,6 +88,7 @@ def _load(path: Path) -> nx.DiGraph:
         raise ValueError(f"path: {path.name} is not a graph file: {type(e).__name__}: {e}") from e
 
 # %% ../../nbs/tracing/graph_files.ipynb #graph-files-006
+@checked
 def read_graph(path: str | Path) -> nx.DiGraph:
     """Load a graph that `write_graph` or the method's authors wrote.
 

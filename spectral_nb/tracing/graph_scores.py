@@ -13,10 +13,12 @@ from typing import Any
 
 import networkx as nx
 
+from ..base.arguments import checked
 from ..base.checks import check_in, head_name, parse_heads
 from .graphs import filter_graph
 
 # %% ../../nbs/tracing/graph_scores.ipynb #graph-scores-004
+@checked
 def skeleton(graph: nx.DiGraph, min_count: int = 1) -> nx.DiGraph:
     "Heads alone: `count` is the largest over the tokens of an edge, `total` their sum."
     bones = nx.DiGraph(**graph.graph)
@@ -33,6 +35,7 @@ def skeleton(graph: nx.DiGraph, min_count: int = 1) -> nx.DiGraph:
     return bones
 
 # %% ../../nbs/tracing/graph_scores.ipynb #graph-scores-005
+@checked
 def known_heads(known: Any, roles: list[str] | None = None) -> dict[tuple[int, int], str]:
     """(layer, head) -> role, from a list of heads, a mapping role -> heads, or the JSON file of a published circuit.
 
@@ -50,11 +53,13 @@ def known_heads(known: Any, roles: list[str] | None = None) -> dict[tuple[int, i
     }
 
 # %% ../../nbs/tracing/graph_scores.ipynb #graph-scores-006
+@checked
 def graph_heads(graph: nx.DiGraph) -> set[tuple[int, int]]:
     "(layer, head) of every head in the graph."
     return {(d["layer"], d["head"]) for _, d in graph.nodes(data=True) if d["head"] >= 0}
 
 # %% ../../nbs/tracing/graph_scores.ipynb #graph-scores-007
+@checked
 def precision_recall(graph: nx.DiGraph, heads: Any) -> dict[str, float]:
     """How the graph's heads compare with `heads` (see `known_heads`): counts, precision and recall.
 

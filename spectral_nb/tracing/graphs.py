@@ -11,6 +11,7 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int, head_name
 from .edge_tables import check_edges
 
@@ -63,6 +64,7 @@ def _constants(edges: pd.DataFrame) -> dict[str, str]:
     }
 
 # %% ../../nbs/tracing/graphs.ipynb #graphs-007
+@checked
 def trace_graph(edges: pd.DataFrame, min_count: int = 1, *, unlabeled: str = "drop") -> nx.DiGraph:
     """Directed graph of a trace: communication edges head -> role node, attention edges role node -> head.
 
@@ -105,6 +107,7 @@ def _add_attention(graph: nx.DiGraph, labelled: pd.DataFrame) -> None:
             graph.add_edge(node, head_name(d["layer"], d["head"]), kind="attention", count=count)
 
 # %% ../../nbs/tracing/graphs.ipynb #graphs-008
+@checked
 def communication_edges(graph: nx.DiGraph) -> pd.DataFrame:
     """The communication edges of a graph as a table, a row an edge.
 
@@ -120,6 +123,7 @@ def communication_edges(graph: nx.DiGraph) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["upstream", "downstream", "layer", "head", "role", *attributes])
 
 # %% ../../nbs/tracing/graphs.ipynb #graphs-009
+@checked
 def filter_graph(graph: nx.DiGraph, min_count: int) -> nx.DiGraph:
     "Copy without the communication edges traced in fewer than `min_count` prompts, and without what they alone held."
     check_int("min_count", min_count, 1)

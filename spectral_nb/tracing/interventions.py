@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import Activations, capture
 from ..attention.pairs import Pairs, pair_scores
 from ..base.checks import check_in, check_int, head_name
@@ -143,6 +144,7 @@ def _part_table(model, part: Part, vectors: dict, kinds: list, metric, batch_siz
     )
 
 
+@checked
 def edge_interventions(
     model: Any,
     batch: Any,

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import Activations
 from ..attention.components import read_gain
 from ..attention.pairs import Pairs
@@ -37,6 +38,7 @@ class Readings:
     n_slices: Int[Tensor, "n"]
 
 # %% ../../nbs/tracing/reading.ipynb #reading-006
+@checked
 def reading_vectors(model: Any, acts: Activations, pairs: Pairs, rule: str = "paper") -> Readings:
     "Directions that the firings `pairs` (all of one layer) read at their two tokens."
     layer = int(pairs.layer[0])

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import Activations, capture
 from ..attention.pairs import Pairs, firings
 from ..base.checks import head_name, parse_heads
@@ -189,6 +190,7 @@ def _room(model, batch, top: int, options: TraceOptions) -> tuple[int, Tensor]:
     return size, torch.empty(numbers, dtype=dtype, device=model.cfg.device)
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-010
+@checked
 def trace_tables(
     model: Any, batch: Any, roots: Any = None, options: TraceOptions = TraceOptions(), **changes: Any
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -212,6 +214,7 @@ def trace_tables(
     return _label(edges, model, batch, named), firing
 
 
+@checked
 def trace(
     model: Any, batch: Any, roots: Any = None, options: TraceOptions = TraceOptions(), **changes: Any
 ) -> pd.DataFrame:

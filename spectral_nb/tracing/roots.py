@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import Activations, capture, run_to
 from ..attention.pairs import Pairs, firings
 from ..base.checks import check_int, head_name
@@ -62,6 +63,7 @@ def _part_attribution(model: Any, part: Any, options: TraceOptions) -> tuple[Ten
     return effect.cpu(), fired
 
 # %% ../../nbs/tracing/roots.ipynb #roots-006
+@checked
 @torch.inference_mode()
 def logit_attribution(model: Any, batch: Any, options: TraceOptions = TraceOptions()) -> pd.DataFrame:
     """Every head's direct effect on the logit difference at `end`, and how often it fires there; largest first.
@@ -80,6 +82,7 @@ def logit_attribution(model: Any, batch: Any, options: TraceOptions = TraceOptio
     return table.assign(ci_low=[b.low for b in bounds], ci_high=[b.high for b in bounds])
 
 # %% ../../nbs/tracing/roots.ipynb #roots-007
+@checked
 def find_roots(
     model: Any, batch: Any, options: TraceOptions = TraceOptions(), n_roots: int = 3, min_fires: float = 0.25
 ) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.intervals import bootstrap_ci
 from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
@@ -22,6 +23,7 @@ from .interventions import Part, change_of, checked_kinds, intervened_parts
 from .projections import INTERVENTIONS, checked_edges, edge_vectors, index_tensors
 
 # %% ../../nbs/tracing/sets.ipynb #sets-004
+@checked
 def edge_sets(
     edges: pd.DataFrame, n_sets: int = 3, size: int = 3, min_count: int = 1
 ) -> dict[str, list[tuple[str, str, str]]]:
@@ -86,6 +88,7 @@ def _kind_table(model, part: Part, keys: list, vectors: dict, kind: tuple, how: 
     return pd.DataFrame(columns).assign(**kinds, effect=after - part.metric[prompt])
 
 
+@checked
 def set_interventions(
     model: Any,
     batch: Any,
@@ -115,6 +118,7 @@ def set_interventions(
     return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/tracing/sets.ipynb #sets-007
+@checked
 def additivity(table: pd.DataFrame) -> pd.DataFrame:
     """Together against the sum of separate effects, for each set and kind of a table of `set_interventions`.
 

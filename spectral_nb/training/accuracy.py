@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from ..prompts.tasks import make_batch
 
@@ -29,6 +30,7 @@ def batch_logits(model, batch, size: int = 256) -> Float[Tensor, "batch d_vocab"
     return torch.cat(parts)
 
 # %% ../../nbs/training/accuracy.ipynb #06-020
+@checked
 def evaluate_tasks(
     model, tokenizer, n_prompts: int = 300, words: str = "known", tasks=EVALUATED, seed: int = 10_007
 ) -> pd.DataFrame:

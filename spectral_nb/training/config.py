@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_in, check_int, unknown_name_error
 
 # %% ../../nbs/training/config.ipynb #config-004
@@ -145,6 +146,7 @@ SHIPPED = tuple(c.name for c in [*_story_gpt2(), *_story_rotary()])  # what `mak
 PRESETS = {c.name: c for c in [*_story_gpt2(), *_story_rotary(), *_story_8x16(), _ts51m()]}
 
 
+@checked
 def preset(name: str, /, **changes) -> TrainConfig:
     "A preset's config, with changes; KeyError for an unknown model, TypeError for an unknown field."
     if name not in PRESETS:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_int
 
 # %% ../../nbs/training/corpus.ipynb #06-005
@@ -28,6 +29,7 @@ def _documents(text: str):
     yield from path.read_text(encoding="utf-8").split("\n\n")
 
 
+@checked
 def token_stream(
     text: str,  # path, or `hf:owner/name`
     tokenizer,  # Hugging Face tokenizer
@@ -100,6 +102,7 @@ def write_probe(tokens: np.ndarray, probe: Probe, codeword: int, start: int) -> 
     return out
 
 # %% ../../nbs/training/corpus.ipynb #corpus-001
+@checked
 def sample_text(
     rng: np.random.Generator,
     stream: np.ndarray,  # [n_tokens]

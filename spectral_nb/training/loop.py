@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_json, write_table
 from ..base.progress import progress
@@ -151,6 +152,7 @@ class _Run:
         save_state(self.state, self.model, self.optimizer, step)
 
 # %% ../../nbs/training/loop.ipynb #06-026
+@checked
 def train(config: TrainConfig, out_dir: str | Path, callbacks=(), stop_after: int | None = None) -> pd.DataFrame:
     """Train, or go on training, in `out_dir`; returns the log: `LOG_COLUMNS`, losses in nats, accuracies 0 to 1.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_int, head_name
 from ..attention.participation import head_participation, read_positions, shuffled_positions
 
@@ -50,6 +51,7 @@ class TransitionRule:
         return new
 
 # %% ../../nbs/training/monitor.ipynb #monitor-002
+@checked
 def rising(pr, **rule) -> np.ndarray:
     "Where `TransitionRule(**rule)` fires on `pr [..., checkpoint]`: boolean of the same shape."
     pr, state = np.asarray(pr, dtype=float), TransitionRule(**rule)
