@@ -101,6 +101,16 @@ class Examples:
                 own[name] = self.by_name(name)
         return own, heavy
 
+    @cached_property
+    def more_prompts(self):
+        from spectral_nb.prompts.tasks import make_batch
+
+        return make_batch("retrieval", self.model, 20, seed=1)
+
+    def written(self) -> str:
+        self.table.to_parquet(f"{self.folder}/read.parquet")
+        return f"{self.folder}/read.parquet"
+
     def own(self) -> dict:
         "What single functions need."
         a, effect = self.array, (1.0, 0.5, 1.5)
@@ -122,9 +132,11 @@ class Examples:
             select_slices=dict(terms=a(5, 4)), pr_spread=dict(pr=1 + a(3, 4, 5, torch_=False) ** 2),
             pr_integral=dict(pr=1 + a(3, 4, 4, torch_=False) ** 2, tokens=[0.0, 1.0, 2.0, 3.0]),
             rank_heads=dict(scores=a(3, 4, torch_=False)), elbow=dict(scores=a(12, torch_=False)),
-            through_norm=lambda: dict(values=a(1, 2, 128), ln_scale=torch.ones(1, 2), model=self.model, layer=0),
+            through_norm=lambda: dict(values=a(1, 2, 64), ln_scale=torch.ones(1, 2), model=self.model, layer=0),
             component_outputs=lambda: dict(tokens_or_cache=self.batch.tokens),
             r_norm=dict(norms=a(3, 4, torch_=False) ** 2 + 0.1, heads=[(0, 1)]),
+            head_participation=lambda: dict(batch=self.more_prompts),
+            read_table=lambda: dict(path=self.written()), parse_head=dict(head="L0H1"),
             weight_norms=dict(revision=None), matched_random=dict(n_heads=4, n_layers=3, heads=[(0, 1)]),
             run=dict(heavy=True), measure=dict(heavy=True), train=dict(heavy=True),
         )  # fmt: skip

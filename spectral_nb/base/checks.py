@@ -86,6 +86,9 @@ def parse_heads(
     ValueError for a head beyond `n_layers` or `n_heads` (where given), or one that is named twice."""
     if not isinstance(heads, (str, Iterable)) or isinstance(heads, (bytes, dict)):
         raise TypeError(f"{argument} must be names such as 'L9H6' or pairs, got {heads!r} ({type(heads).__name__})")
+    for name, size in (("n_layers", n_layers), ("n_heads", n_heads)):
+        if size is not None:
+            check_int(name, size, 1)
     items = heads.replace(",", " ").split() if isinstance(heads, str) else list(heads)
     pairs = [parse_head(h) for h in items]
     for layer, head in pairs:
