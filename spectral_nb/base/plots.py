@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .arguments import checked
+
 # %% ../../nbs/base/plots.ipynb #07-005
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
@@ -50,6 +52,7 @@ def set_style() -> None:
     plt.rcParams.update(_STYLE)
 
 
+@checked
 def figure(
     n_rows: int = 1, n_cols: int = 1, *, width: float = 6.0, height: float = 3.2, **subplots
 ) -> tuple[Figure, Any]:
@@ -98,6 +101,7 @@ class Figures(dict):
         display(figure)
 
 # %% ../../nbs/base/plots.ipynb #07-007
+@checked
 def plot_lines(
     table: pd.DataFrame,
     x: str,
@@ -130,6 +134,7 @@ def plot_lines(
     return ax
 
 # %% ../../nbs/base/plots.ipynb #07-013
+@checked
 def plot_bars(
     table: pd.DataFrame,
     x: str,
@@ -171,6 +176,7 @@ def plot_bars(
     return ax
 
 # %% ../../nbs/base/plots.ipynb #07-013b
+@checked
 def plot_intervals(
     table: pd.DataFrame,
     label: str,
@@ -198,6 +204,7 @@ def plot_intervals(
     return ax
 
 # %% ../../nbs/base/plots.ipynb #07-013d
+@checked
 def plot_hist(
     values: Mapping[str, Sequence] | Sequence,
     *,
@@ -227,6 +234,7 @@ def plot_hist(
     return ax
 
 
+@checked
 def plot_draws(
     observed: float,
     draws: Sequence[float],
@@ -244,6 +252,7 @@ def plot_draws(
     return ax
 
 # %% ../../nbs/base/plots.ipynb #07-014a
+@checked
 def plot_scatter(
     table: pd.DataFrame, x: str, y: str, *, hue: str | None = None, label: str | None = None, ax: Axes | None = None
 ) -> Axes:
@@ -264,6 +273,7 @@ def plot_scatter(
     return ax
 
 # %% ../../nbs/base/plots.ipynb #07-016
+@checked
 def plot_small_multiples(
     table: pd.DataFrame,
     facet: str,

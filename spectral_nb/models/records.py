@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..base.arguments import checked
 from ..base.checks import check_in
 
 # %% ../../nbs/models/records.ipynb #records-004
@@ -29,6 +30,7 @@ class ModelInfo:
     placeholder_tokenizer: bool = False  # the model came without a tokenizer: only token ids mean anything
 
 # %% ../../nbs/models/records.ipynb #records-006
+@checked
 def weights_hash(model: Any) -> str:
     "First 16 hexadecimal digits of a SHA-256 over all weight tensors in memory (names, shapes, bytes)."
     digest = hashlib.sha256()
@@ -38,6 +40,7 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/models/records.ipynb #records-008
+@checked
 def model_info(model: Any) -> ModelInfo:
     "What `load_model` or `from_hf` recorded of a model."
     info = getattr(model, "spectral_info", None)
@@ -49,6 +52,7 @@ def model_info(model: Any) -> ModelInfo:
     return info
 
 # %% ../../nbs/models/records.ipynb #records-009
+@checked
 def register_model(
     model: Any,
     *,

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from .architectures import ArchSpec
 from .heads import apply_rotation, exact, head_weights, rotation
 from .records import model_info
@@ -38,6 +39,7 @@ def qk_norm_scales(model: Any, cache: Any, layer: int) -> tuple[Tensor, Tensor] 
     return tuple(scales)
 
 # %% ../../nbs/models/verification.ipynb #verification-004
+@checked
 def rebuild_scores(model: Any, cache: Any, layer: int) -> Float[Tensor, "batch head q_pos k_pos"]:
     """Attention scores (over sqrt(d_head), not masked) rebuilt from `head_weights` and a layer's input.
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in, check_int
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.prompts.sources import PromptSource, prompt_source
@@ -31,6 +32,7 @@ def _prompt_length(n_ctx: int | None, length: int | None, default: int = 256) ->
     return length
 
 # %% ../../nbs/prompts/bigrams.ipynb #09-006
+@checked
 def synthetic_bigrams(
     tokenizer_or_model,
     n_prompts: int = 2000,
@@ -146,6 +148,7 @@ def repeated_bigram(
     return found[rng.integers(len(found))] if found else None
 
 # %% ../../nbs/prompts/bigrams.ipynb #09-012
+@checked
 def natural_bigrams(
     tokenizer_or_model,
     text: str | Path | Sequence[str] | None = None,  # the text, a file, a list; None: `natural_text`

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in, check_int
 from spectral_nb.prompts import grammar
 from spectral_nb.prompts.batches import PromptBatch
@@ -29,6 +30,7 @@ def query_wordings(src: PromptSource) -> list[str]:
     return grammar.QUERY_WORDINGS if knows_story(src) else STATEMENTS
 
 # %% ../../nbs/prompts/lookup_tasks.ipynb #lookup-004
+@checked
 def retrieval(
     tokenizer_or_model,
     n_prompts: int,
@@ -98,6 +100,7 @@ def _distinct(rng: np.random.Generator, ids: np.ndarray, n: int, length: int) ->
         rows[repeats] = rng.integers(0, len(ids), (int(repeats.sum()), length))
 
 # %% ../../nbs/prompts/lookup_tasks.ipynb #lookup-006
+@checked
 def induction(
     tokenizer_or_model,
     n_prompts: int,

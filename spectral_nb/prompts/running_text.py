@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_int
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.prompts.sources import PromptSource, knows_story, pad_rows, prompt_source
@@ -84,6 +85,7 @@ def _read_texts(src: PromptSource, texts, n_prompts: int | None, window: int, se
     return _blocks(strings[0], 8 * window, n_prompts, seed) if isinstance(texts, (str, Path)) else strings
 
 # %% ../../nbs/prompts/running_text.ipynb #running-005
+@checked
 def text(
     tokenizer_or_model,
     texts=None,

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in, check_int
 from spectral_nb.prompts import grammar
 from spectral_nb.prompts.batches import PromptBatch
@@ -47,6 +48,7 @@ def _ioi_wordings(wordings: Sequence[str] | None) -> list[str]:
     return cut
 
 # %% ../../nbs/prompts/sentence_tasks.ipynb #sentence-006
+@checked
 def ioi(
     tokenizer_or_model,
     n_prompts: int,
@@ -101,6 +103,7 @@ def verb_pairs(src: PromptSource) -> list[tuple[str, str]]:
 _NUMBERS = {"any": (0, 1), "same": (0,), "opposite": (1,)}
 
 
+@checked
 def sva(
     tokenizer_or_model,
     n_prompts: int,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import parse_heads
 from .edge_tables import check_edges
 
@@ -78,6 +79,7 @@ def _swept(edges: pd.DataFrame, firings: pd.DataFrame) -> tuple[np.ndarray, np.n
     return flow, importance, importance - passed, float(unfired)
 
 # %% ../../nbs/tracing/flow.ipynb #flow-007
+@checked
 def trace_flow(edges: pd.DataFrame, roots: Any) -> Flow:
     """Importance of every edge, firing and head of a trace, from the roots down.
 

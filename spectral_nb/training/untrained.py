@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.runs import seed_everything
 from ..prompts.grammar import story_tokenizer
 from .config import TrainConfig
@@ -58,6 +59,7 @@ def hf_config(config: TrainConfig, tokenizer):
     return {"llama": hf.LlamaConfig, "olmo": hf.OlmoConfig}[config.architecture](**sizes)
 
 # %% ../../nbs/training/untrained.ipynb #untrained-004
+@checked
 def build_model(config: TrainConfig, tokenizer):
     "The untrained Hugging Face model of a config, in train mode, float32; the same config gives the same weights."
     from transformers import AutoModelForCausalLM

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..base.arguments import checked
 from ..base.intervals import wilson
 from ..models.checkpoints import resolve
 from ..models.gguf_files import file_sha256
@@ -95,6 +96,7 @@ def _entry(config: TrainConfig, root: Path, zoo: Path, steps: list[int]) -> dict
     )
 
 # %% ../../nbs/training/zoo.ipynb #zoo-001
+@checked
 def export_model(config: TrainConfig, train_dir: str | Path, zoo: str | Path | None = None) -> dict:
     "Put the chosen checkpoints of a training into the zoo in half precision; returns the model's manifest entry."
     zoo, train_dir = Path(zoo or zoo_dir()), Path(train_dir)
@@ -124,6 +126,7 @@ def replace_rows(table: pd.DataFrame, path: str | Path) -> pd.DataFrame:
     return merged
 
 # %% ../../nbs/training/zoo.ipynb #07-010
+@checked
 def accuracy_table(names: list[str] | None = None, n_prompts: int = 300) -> pd.DataFrame:
     "Accuracies of the shipped checkpoints by task, on known and on held-out words, with 95 % Wilson intervals."
     from transformers import AutoTokenizer
@@ -166,6 +169,7 @@ def check_targets(table: pd.DataFrame) -> pd.DataFrame:
     return final.assign(met=final.value >= final.target)[["model", "task", "metric", "value", "target", "met"]]
 
 # %% ../../nbs/training/zoo.ipynb #07-012
+@checked
 def make_model(name: str, train_dir: str | Path | None = None, zoo: str | Path | None = None, **changes) -> Path:
     "Train (or go on training) a preset, and export it if it is one of `SHIPPED`. Returns the training folder."
     config = preset(name, **changes)
