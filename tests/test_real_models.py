@@ -1,4 +1,4 @@
-"A real language model from its installed package: the weights that transformers reads, its known answer, its self-check."
+"A real language model from its installed package: transformers' weights, its known answer, its self-check."
 
 import shutil
 
