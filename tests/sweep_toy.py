@@ -8,12 +8,14 @@ from pathlib import Path
 
 import nbformat
 
+from spectral_nb.sweeps.run import read_record
+
 PARAMETERS = 'x: int = 1\nwait = 0.0\nmode = "ok"\nlog = ""\nout_dir = ""\n'
 START = """
 import os, signal, sys, time
 import pandas as pd
 def note(word):
-    with open(log, "a") as stream: stream.write(f"{word} {x} {os.getpid()} {time.time()}\\n")
+    with open(log + ".txt", "a") as stream: stream.write(f"{word} {x} {os.getpid()} {time.time()}\\n")
 if log: note("start")
 """
 BEHAVE = """
@@ -42,12 +44,13 @@ if log: note("end")
 
 def write_toy(folder: Path, parameters: str = PARAMETERS) -> Path:
     "The notebook `90_toy.ipynb` in `folder`."
+    named = nbformat.v4.new_code_cell("#| default_exp toy")
     tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
     path = folder / "90_toy.ipynb"
     nbformat.write(
         nbformat.v4.new_notebook(
-            cells=[tagged, *map(nbformat.v4.new_code_cell, (START, BEHAVE, TABLE))], metadata=kernel
+            cells=[named, tagged, *map(nbformat.v4.new_code_cell, (START, BEHAVE, TABLE))], metadata=kernel
         ),
         path,
     )
@@ -55,23 +58,16 @@ def write_toy(folder: Path, parameters: str = PARAMETERS) -> Path:
 
 
 def noted(log: Path) -> list[tuple[str, int, int, float]]:
-    "(start or end, x, process id, time) of every line that the runs wrote."
-    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    "(start or end, x, process id, time) of every line that the runs wrote; `log` itself is no file, or it would be an input."
+    file = log.with_name(log.name + ".txt")
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
     return [(word, int(x), int(pid), float(when)) for word, x, pid, when in lines]
-
-
-# the working copy may be edited while the tests run; the code's version must not change between a kill and the resume
-CODE = (
-    "import sys, spectral_nb.sweeps.spec as spec; spec.code_version = lambda *_: 'fixed'; "
-    "from spectral_nb.sweeps.executors import ClusterExecutor; ClusterExecutor.check_code = lambda self: None; "
-    "from spectral_nb.sweeps.command import main; sys.exit(main())"
-)
 
 
 def start_sweep(*arguments, **options) -> subprocess.Popen:
     "`spectral-sweep` with these arguments, as the leader of a process group of its own."
     return subprocess.Popen(
-        [sys.executable, "-c", CODE, *map(str, arguments)],
+        [sys.executable, "-m", "spectral_nb.sweeps", *map(str, arguments)],
         start_new_session=True,
         text=True,
         stdout=subprocess.PIPE,
@@ -97,3 +93,10 @@ def wait_for(condition, timeout: float = 120) -> None:
         if time.monotonic() > end:
             raise TimeoutError("waited in vain")
         time.sleep(0.05)
+
+
+def finished_runs(out: Path) -> dict[str, bytes]:
+    "The records of the finished runs by run id, as they are on the disk."
+    names = [p.parent.name for p in out.glob("*/run.json")]
+    done = [n for n in names if (r := read_record(out, n)) and r["status"] == "done"]
+    return {n: (out / n / "run.json").read_bytes() for n in done}

@@ -1,10 +1,9 @@
-"The report of a sweep: made from tables alone, executed for real once, and the fork that starts runs quickly."
+"The report of a sweep: made from tables alone, and executed for real once."
 
 import nbformat
 import pytest
 from sweep_toy import write_toy
 
-import spectral_nb.sweeps.spec
 from spectral_nb.base.files import read_json, write_json
 from spectral_nb.views.sweep_report import (
     example_sweep,
@@ -17,7 +16,8 @@ from spectral_nb.views.sweep_report import (
     read_sweep,
     sweep_claims,
 )
-from spectral_nb.sweeps.command import load_results, main
+from spectral_nb.sweeps import load_results
+from spectral_nb.sweeps.command import main
 
 
 @pytest.fixture
@@ -60,8 +60,7 @@ def test_x_and_metrics_can_be_chosen(sweep):
         read_sweep(sweep.folder / "none")
 
 
-def test_report_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "fixed")
+def test_report_command(tmp_path, capsys):
     write_toy(tmp_path)
     file, out = tmp_path / "toy.yaml", tmp_path / "out"
     file.write_text("notebook: 90_toy\ngrid: {x: [1, 2]}\n")
@@ -78,3 +77,13 @@ def test_report_command(tmp_path, monkeypatch, capsys):
     told = read_json(out / "sweep.json")
     write_json({**told, "published": [{"metric": "square", "value": 4, "label": "known"}]}, out / "sweep.json")
     assert main(["report", str(out)]) == 0 and "report.html" in capsys.readouterr().out
+
+
+def test_a_formula_in_a_parameter_is_text(tmp_path):
+    write_toy(tmp_path)
+    file, out = tmp_path / "toy.yaml", tmp_path / "out"
+    file.write_text("notebook: 90_toy\ngrid: {mode: ['$\\\\frac{$', '$x$']}\n")
+    assert main(["run", str(file), "--out", str(out), "--workers", "2", "--quiet"]) == 0
+    sweep = read_sweep(out)
+    for figure in (plot_cost(sweep), plot_sweep(sweep)):
+        figure.canvas.draw()

@@ -1,11 +1,9 @@
 "Sweeps with real papermill runs: grids, failures, limits, results, bad input, the console command."
 
 import datetime
-import json
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import nbformat
 import numpy as np
@@ -13,30 +11,21 @@ import pandas as pd
 import pytest
 from sweep_toy import PARAMETERS, noted, write_toy
 
-import spectral_nb.sweeps.memory
-import spectral_nb.sweeps.spec
 from spectral_nb.base.paths import repo_root
-from spectral_nb.sweeps.executors import available_cores, threads_per_worker
-from spectral_nb.sweeps.memory import estimate_memory_gb, models_of
-from spectral_nb.sweeps.process import lock_path, read_record
-from spectral_nb.sweeps.executors import lock_file
-from spectral_nb.sweeps.command import (
+from spectral_nb.base.sources import code_stamp
+from spectral_nb.sweeps import (
     clean_sweep,
     collect_sweep,
     load_results,
     load_spec,
-    main,
     run_sweep,
     run_sweeps,
     sweep_plan,
     sweep_status,
 )
-
-
-@pytest.fixture(autouse=True)
-def same_code(monkeypatch):
-    "The working copy may change while the tests run; a run's identity must not."
-    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "fixed")
+from spectral_nb.sweeps.command import main
+from spectral_nb.sweeps.plan import named_content, model_hashes
+from spectral_nb.sweeps.run import gpu_devices, lock_file, lock_path, read_record, threads_per_worker
 
 
 @pytest.fixture
@@ -65,7 +54,12 @@ def test_grid_of_eight_over_two_workers(toy, tmp_path, capfd):
     moments = sorted((when, 1 if word == "start" else -1) for word, _, _, when in noted(log))
     assert np.cumsum([step for _, step in moments]).max() == 2  # two at a time, never three
     said = capfd.readouterr().err.splitlines()
-    assert len(said) == 8 and said[-1].startswith("[8/8] done") and "8 done, 0 running, 0 failed" in said[-1]
+    assert (
+        len(said) == 9
+        and said[0].startswith("dashboard  http://")
+        and said[-1].startswith("[8/8] done")
+        and "8 done, 0 running, 0 failed" in said[-1]
+    )
     assert run_sweep(sweep, workers=2, progress="none").reused == 8  # and nothing runs again
     assert len(noted(log)) == 16
     for folder in outcome.runs.folder:
@@ -75,13 +69,13 @@ def test_grid_of_eight_over_two_workers(toy, tmp_path, capfd):
 def test_workers_may_read_a_notebook_at_the_same_time():
     "CPython 3.11 mixes up two parses at once; every collection of garbage lets another thread in here, so that it happens often."
     code = """
-import gc, sys
-from concurrent.futures import ThreadPoolExecutor
-from spectral_nb.sweeps.forks import imported_names
+import gc, json, sys
+from spectral_nb.base.sources import _imports
+cells = ["".join(c["source"]) for c in json.load(open(sys.argv[1]))["cells"] if c["cell_type"] == "code"]
 sys.setswitchinterval(1e-6)
 gc.callbacks.append(lambda *_: sum(range(50)))
 gc.set_threshold(50, 2, 2)
-with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(lambda _: imported_names.__wrapped__(sys.argv[1]), range(40)))))
+with ThreadPoolExecutor(8) as pool: print(len({str(x) for x in pool.map(lambda _: [_imports.__wrapped__(c) for c in cells], range(40))}))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(repo_root() / "nbs" / "12_svt.ipynb")],
@@ -92,14 +86,6 @@ with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(lambda _: imported_na
     assert done.stdout == "1\n", done.stderr[-1000:]
 
 
-def test_a_warm_start_changes_nothing(toy, tmp_path, monkeypatch):
-    run_sweep(toy(grid={"x": [3]}, out=str(tmp_path / "warm")), progress="none")
-    monkeypatch.setenv("SPECTRAL_NB_WARM", "0")
-    run_sweep(toy(grid={"x": [3]}, out=str(tmp_path / "cold")), progress="none")
-    columns = ["metric", "value", "run_id", "x"]
-    pd.testing.assert_frame_equal(load_results(tmp_path / "warm")[columns], load_results(tmp_path / "cold")[columns])
-
-
 def test_failures_limits_and_retry(toy, tmp_path):
     "One raises, one never ends, one exhausts its memory, one writes nothing, one is shot; the good one is done all the same."
     log = tmp_path / "log"
@@ -107,7 +93,7 @@ def test_failures_limits_and_retry(toy, tmp_path):
     sweep = toy(
         points=[{"x": i, "mode": mode} for i, mode in enumerate(modes)],
         parameters={"log": str(log)},
-        resources={"timeout_s": 20, "memory_gb": 0.4},
+        resources={"timeout_s": 60, "memory_gb": 0.4},
     )
     outcome = run_sweep(sweep, workers=2, progress="none")
     runs = outcome.runs.set_index("mode")
@@ -121,7 +107,7 @@ def test_failures_limits_and_retry(toy, tmp_path):
         "shot once": "done",
         "raise unless mended": "failed",
     }
-    assert runs.error["raise"] == "RuntimeError: x=1 is not liked" and "limit of 20 s" in runs.error["forever"]
+    assert runs.error["raise"] == "RuntimeError: x=1 is not liked" and "limit of 60 s" in runs.error["forever"]
     assert "its limit is 0.4 GB" in runs.error["memory"] and "no table.parquet" in runs.error["no table"]
     record = read_record(tmp_path / "out", runs.run_id["raise"])
     assert record["parameters"]["mode"] == "raise" and "x=1 is not liked" in record["traceback"][-1]
@@ -141,11 +127,14 @@ def test_failures_limits_and_retry(toy, tmp_path):
 
 
 def test_executors(toy, tmp_path):
+    "One thread of this process, or a cluster object that somebody else has made and keeps."
+    from distributed import LocalCluster
+
     sweep = toy(grid={"x": [1, 2]})
     assert run_sweep({**sweep, "out": str(tmp_path / "a")}, executor="serial", progress="none").ok
-    with ThreadPoolExecutor(2) as executor:
-        assert run_sweep({**sweep, "out": str(tmp_path / "b")}, executor=executor, progress="none").ok
-        assert executor.submit(int, 3).result() == 3  # a given executor is not shut down
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster:
+        assert run_sweep({**sweep, "out": str(tmp_path / "b")}, scheduler=cluster, progress="none").ok
+        assert cluster.status.name == "running"  # a given cluster is not shut down
 
 
 def test_serial_limits(toy):
@@ -244,7 +233,7 @@ BAD = {
     "resource value": ({"resources": {"timeout_s": 0}}, ValueError, "resources.timeout_s=0 must be"),
     "name": ({"name": "a/b"}, ValueError, "name='a/b' must be fit for a folder"),
     "missing notebook": ({"notebook": "no_such"}, FileNotFoundError, "notebook='no_such' is not known"),
-    "no parameters cell": ({"notebook": "00_core"}, ValueError, "0 cells tagged 'parameters'"),
+    "no parameters cell": ({"notebook": "index"}, ValueError, "0 cells tagged 'parameters'"),
     "unknown executor": ({}, ValueError, "executor='nowhere' is not known"),
 }
 
@@ -313,64 +302,68 @@ def test_model_names_are_checked_before_anything_runs(tmp_path):
     assert not list(tmp_path.glob("out/*/*"))
 
 
-def test_identity_of_a_run(toy, tmp_path, monkeypatch):
-    ids = lambda **keys: [r for r in sweep_plan(toy(**keys)).run_id]
+def test_identity_of_a_run(toy, tmp_path):
+    def ids(**keys):
+        return list(sweep_plan(toy(**keys)).run_id)
+
     assert ids(grid={"x": [1]}) == ids(points=[{"x": 1, "wait": 0.0}])  # a default given is the default
     assert ids(grid={"x": [1]}) != ids(grid={"x": [2]})
     assert len(ids(grid={"x": [1, 2]}, points=[{"x": 2}])) == 2  # the same run twice is one run
-    before = ids(grid={"x": [1]})
-    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "other")
-    assert ids(grid={"x": [1]}) != before
-    monkeypatch.setattr(spectral_nb.sweeps.spec, "code_version", lambda *_: "fixed")
-    notebook = nbformat.read(tmp_path / "90_toy.ipynb", 4)
-    notebook.cells.append(nbformat.v4.new_code_cell("1"))
-    nbformat.write(notebook, tmp_path / "90_toy.ipynb")
-    assert ids(grid={"x": [1]}) != before
+    assert ids(section="other") != ids()
+    found = [ids(grid={"x": [1]})]
+    for cell, tags in (("import helper", []), ("# a comment", []), ("limit = 3", [])):
+        notebook = nbformat.read(tmp_path / "90_toy.ipynb", 4)
+        notebook.cells.append(nbformat.v4.new_code_cell(cell))
+        nbformat.write(notebook, tmp_path / "90_toy.ipynb")
+        found.append(ids(grid={"x": [1]}))
+    (tmp_path / "helper.py").write_text("y = 1\n")
+    found.append(ids(grid={"x": [1]}))
+    (tmp_path / "helper.py").write_text("y = 2\n")
+    found.append(ids(grid={"x": [1]}))
+    assert len({str(x) for x in found}) == 6
 
 
-def test_memory_estimate_follows_the_configuration(tmp_path):
-    config = {
-        "model_type": "gpt2",
-        "n_layer": 12,
-        "n_head": 12,
-        "n_embd": 768,
-        "n_positions": 1024,
-        "vocab_size": 50257,
-        "architectures": ["GPT2LMHeadModel"],
-    }
-    for name, width in (("small", 768), ("wide", 1536)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({**config, "n_embd": width}))
-    small, wide = (estimate_memory_gb({"model_name": str(tmp_path / n), "n_prompts": 8}) for n in ("small", "wide"))
-    assert 2.5 < small < 4 and wide > 2 * small - 1
-    assert (
-        estimate_memory_gb({"model_names": [str(tmp_path / "small"), str(tmp_path / "wide")], "n_prompts": 8}) == wide
-    )
+def test_a_module_of_a_subpackage_counts(tmp_path):
+    package = tmp_path / "spectral_nb"
+    (package / "deep").mkdir(parents=True)
+    (package / "top.py").write_text("from .deep.inner import f\n")
+    (package / "deep" / "inner.py").write_text("def f(): return 1\n")
+    before = code_stamp(["from spectral_nb.top import f"], package=package)
+    (package / "deep" / "inner.py").write_text("def f(): return 2\n")
+    assert code_stamp(["from spectral_nb.top import f"], package=package) != before
 
 
-def test_models_that_a_run_reads(tmp_path, monkeypatch):
-    (tmp_path / "shared" / "a model").mkdir(parents=True)
-    (tmp_path / "reference" / "real").mkdir(parents=True)
-    monkeypatch.setattr(spectral_nb.sweeps.memory, "repo_root", lambda: tmp_path)
-    monkeypatch.setattr(spectral_nb.sweeps.memory, "reference_dir", lambda: tmp_path / "reference")
-    given = {
-        "model_name": "shared/a model",
-        "models": "one, two one",
-        "retrieval_model": "real",
-        "n_models": 3,
-        "model_dtype": "x",
-    }
-    assert models_of(given) == [
-        str(tmp_path / "shared" / "a model"),
-        "one",
-        "two",
-        str(tmp_path / "reference" / "real"),
-    ]
+def test_code_in_the_parameters_cell_counts(tmp_path):
+    ids = []
+    for more in ("", "print(1)\n", "print(2)\n"):
+        write_toy(tmp_path, PARAMETERS + more)
+        ids += list(sweep_plan({"notebook": str(tmp_path / "90_toy.ipynb"), "out": str(tmp_path / "out")}).run_id)
+    assert len(set(ids)) == 3
+
+
+def test_files_and_models_count_by_content_under_any_name(tmp_path):
+    "A text, a local model's tokenizer, a shipped model: whichever parameter names them."
+    model = tmp_path / "own model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (model / name).write_text(name)
+    (tmp_path / "lines.txt").write_text("one")
+    given = dict(texts="lines.txt", teacher=str(model), pupils=["story-gpt2-s42"], n=3)
+    found = named_content(given, tmp_path)
+    assert set(found) == {"lines.txt", str(model), "story-gpt2-s42"}
+    hashes = model_hashes(given, {"teacher": ()}, tmp_path)
+    for file in (tmp_path / "lines.txt", model / "tokenizer.json"):
+        file.write_text("changed in content")
+        assert named_content(given, tmp_path) != found
+        found = named_content(given, tmp_path)
+    assert model_hashes(given, {"teacher": ()}, tmp_path) == hashes  # the weights are the same
+    with pytest.raises((ValueError, FileNotFoundError), match="step0"):
+        model_hashes(dict(m="story-gpt2-s42", r="stpe0"), {"m": ("r",)}, tmp_path)
 
 
 def test_threads_do_not_oversubscribe():
     for workers in (1, 2, 3, 8):
-        assert workers * threads_per_worker(workers) <= max(workers, available_cores())
+        assert workers * threads_per_worker(workers) <= max(workers, threads_per_worker(1))
 
 
 @pytest.mark.parametrize("file", sorted((repo_root() / "nbs" / "sweeps").rglob("*.yaml")), ids=lambda p: p.stem)

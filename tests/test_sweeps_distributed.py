@@ -8,9 +8,9 @@ import sys
 
 import psutil
 import pytest
-from sweep_toy import finish, noted, start_sweep, wait_for, write_toy
+from sweep_toy import finish, finished_runs, noted, start_sweep, wait_for, write_toy
 
-from spectral_nb.sweeps.tables import finished_records, load_results
+from spectral_nb.sweeps import load_results
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_killed_worker_loses_nothing(cluster, tmp_path):
     sweep = start_sweep(file, "--scheduler", address, "--out", out)
     wait_for(lambda: {word for word, *_ in noted(log)} == {"start", "end"} and len(noted(log)) % 2)
     kernels = {pid for word, _, pid, _ in noted(log) if word == "start" and psutil.pid_exists(pid)}
-    before = {r["run_id"]: (out / r["run_id"] / "run.json").read_bytes() for r in finished_records(out)}
+    before = finished_runs(out)
     workers[0].send_signal(signal.SIGKILL)
     code, said = finish(sweep)
     assert code == 0 and "6 runs: 6 done" in said, said

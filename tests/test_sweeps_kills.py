@@ -6,9 +6,9 @@ import signal
 import time
 
 import psutil
-from sweep_toy import finish, noted, start_sweep, wait_for, write_toy
+from sweep_toy import finish, finished_runs, noted, start_sweep, wait_for, write_toy
 
-from spectral_nb.sweeps.tables import finished_records, load_results
+from spectral_nb.sweeps import load_results
 
 
 def sweep_file(folder, n: int, wait: float, **keys):
@@ -18,15 +18,6 @@ def sweep_file(folder, n: int, wait: float, **keys):
     lines = ["notebook: 90_toy", f"grid: {{x: {list(range(n))}}}", f"parameters: {{wait: {wait}, log: {log}}}"]
     file.write_text("\n".join([*lines, *(f"{k}: {v}" for k, v in keys.items())]) + "\n")
     return file, folder / "out", log
-
-
-def records(out) -> dict:
-    "The records of the finished runs, as they are on the disk."
-    return (
-        {r["run_id"]: (out / r["run_id"] / "run.json").read_bytes() for r in finished_records(out)}
-        if out.is_dir()
-        else {}
-    )
 
 
 def never_at_once(log) -> bool:
@@ -54,12 +45,12 @@ def test_ten_kills_lose_nothing_and_repeat_nothing(tmp_path):
         time.sleep(draw.uniform(0.0, 1.5))
         os.killpg(sweep.pid, signal.SIGKILL)
         sweep.communicate()
-        after = records(out)
+        after = finished_runs(out)
         assert done.items() <= after.items(), "a finished run was lost or done again"
         done = after
     code, said = finish(start_sweep(file, "--workers", 2, "--out", out))
     assert code == 0, said
-    after = records(out)
+    after = finished_runs(out)
     assert done.items() <= after.items() and len(after) == 24
     assert never_at_once(log)
     ends = [x for word, x, *_ in noted(log) if word == "end"]
@@ -77,7 +68,7 @@ def test_killed_process_of_a_run_is_replaced(tmp_path):
     psutil.Process(noted(log)[0][2]).parent().kill()
     code, said = finish(sweep)
     assert code == 0 and "again: x=0" in said, said
-    assert never_at_once(log) and len(records(out)) == 2
+    assert never_at_once(log) and len(finished_runs(out)) == 2
 
 
 def test_interrupted_sweep_stops_its_runs(tmp_path):
@@ -103,7 +94,7 @@ def test_folder_that_becomes_unwritable(tmp_path):
     "In the middle of the sweep a file takes the folder's place: the rest fails, is reported, and nothing raises."
     file, out, log = sweep_file(tmp_path, 4, 0.5)
     sweep = start_sweep(file, "--workers", 1, "--out", out)
-    wait_for(lambda: len(records(out)) == 1)
+    wait_for(lambda: len(finished_runs(out)) == 1)
     out.rename(tmp_path / "gone")
     out.touch()
     code, said = finish(sweep)
@@ -113,4 +104,4 @@ def test_folder_that_becomes_unwritable(tmp_path):
     (tmp_path / "gone").rename(out)
     code, said = finish(start_sweep(file, "--workers", 2, "--out", out))
     assert "4 done" in said or "--retry-failed" in said, said
-    assert len(records(out)) + said.count("failed:") == 4
+    assert len(finished_runs(out)) + said.count("failed:") == 4
