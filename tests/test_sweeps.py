@@ -70,6 +70,7 @@ def test_workers_may_read_a_notebook_at_the_same_time():
     "CPython 3.11 mixes up two parses at once; every collection of garbage lets another thread in here, so that it happens often."
     code = """
 import gc, json, sys
+from concurrent.futures import ThreadPoolExecutor
 from spectral_nb.base.sources import _imports
 cells = ["".join(c["source"]) for c in json.load(open(sys.argv[1]))["cells"] if c["cell_type"] == "code"]
 sys.setswitchinterval(1e-6)
