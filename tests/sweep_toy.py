@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 
-from spectral_nb.sweeps.run import read_record
+from spectral_nb.sweeps.records import read_record
 
 PARAMETERS = 'x: int = 1\nwait = 0.0\nmode = "ok"\nlog = ""\nout_dir = ""\n'
 START = """

@@ -7,7 +7,6 @@ import sys
 
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 from sweep_toy import PARAMETERS, noted, write_toy
 
@@ -25,7 +24,8 @@ from spectral_nb.sweeps import (
 )
 from spectral_nb.sweeps.command import main
 from spectral_nb.sweeps.plan import named_content, model_hashes
-from spectral_nb.sweeps.run import gpu_devices, lock_file, lock_path, read_record, threads_per_worker
+from spectral_nb.sweeps.machine import threads_per_worker
+from spectral_nb.sweeps.records import lock_file, lock_path, read_record
 
 
 @pytest.fixture

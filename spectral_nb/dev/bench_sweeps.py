@@ -17,7 +17,7 @@ import nbformat
 import pandas as pd
 
 from ..base.paths import repo_root
-from ..sweeps.executors import available_cores, thread_environment, threads_per_worker
+from ..sweeps.machine import thread_environment, threads_per_worker
 from ..sweeps.notebook import find_notebook
 from .timing import ratio_row
 
@@ -38,7 +38,7 @@ def time_sweep(
     "(wall seconds of `n` runs on `workers`, seconds of all their cells)."
     chosen = dict(PARAMETERS if parameters is None else parameters)
     spec = dict(notebook=notebook, parameters=chosen, seeds=list(range(n)), out=str(folder))
-    code = "from spectral_nb.sweeps.command import run_sweep\n"
+    code = "from spectral_nb.sweeps import run_sweep\n"
     code += f"raise SystemExit(not run_sweep({spec!r}, {workers}, progress='none').ok)"
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)  # a process of its own: nothing is warm yet
@@ -111,7 +111,7 @@ def benchmarks(
             for w in workers:
                 ours[w].append(time_sweep(n_runs, w, Path(scratch) / f"{w}", notebook, parameters))
             peer.append(time_papermill(n_peer, Path(scratch) / "peer", notebook, parameters))
-    first, cores = workers[0], available_cores()
+    first, cores = workers[0], threads_per_worker(1)
     walls = {w: [wall for wall, _ in times] for w, times in ours.items()}
     scaled = [wall * n_runs / n_peer for wall, _ in peer]
     told = f"{n_runs} runs of {notebook}"

@@ -7,6 +7,7 @@ __all__ = ['run_sweeps', 'run_sweep', 'sweep_plan', 'sweep_status', 'collect_swe
 
 # %% ../../nbs/sweeps/actions.ipynb #actions-002
 import os
+import re
 import shutil
 import sys
 import time
@@ -17,10 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.checks import check_in
-from .notebook import find_notebook
 from .plan import RunRequest, plan_runs
 from .progress import SweepProgress, duration
-from .run import FAILURES, RunKilled, execute_run, lock_file, lock_path
+from .records import FAILURES, lock_file, lock_path
+from .run import RunKilled, execute_run
 from .schedule import check_scheduler, run_requests
 from .spec import SweepSpec, check_writable, load_spec
 from .tables import collect, finished, load_results, results_of, run_status, runs_table
@@ -105,10 +106,10 @@ def run_sweeps(
 ) -> list[SweepOutcome]:
     """Run several sweeps on one pool of workers; returns an outcome for each.
 
-    All are checked before anything starts (ValueError lists every problem). `out`: the folder of a single sweep, or the folder
-    that gets a subfolder for each of several. `executor`: 'local' (a Dask worker process for each run at a time) or 'serial'
-    (one thread here). `scheduler`: address of a Dask scheduler, or a cluster object, in their place. `retry_failed`: failed
-    runs too. `progress`: 'bar', 'lines', 'none', or '' to choose.
+    All are checked before anything starts (ValueError lists every problem). `out`: the folder of a single sweep, or the
+    folder that gets a subfolder for each of several. `executor`: 'local' (a Dask worker process for each run at a time)
+    or 'serial' (one thread here). `scheduler`: address of a Dask scheduler, or a cluster object, in their place.
+    `retry_failed`: failed runs too. `progress`: 'bar', 'lines', 'none', or '' to choose.
     """
     started = time.time()
     check_in("executor", executor, ("local", "serial"))
@@ -145,7 +146,7 @@ def _inside(spec: SweepSpec, out: Path) -> SweepSpec:
 
 # %% ../../nbs/sweeps/actions.ipynb #actions-010
 def sweep_plan(source, out: str | Path | None = None) -> pd.DataFrame:
-    "The runs before or after a sweep: what varies, status, memory needed (as its file says) and used at most, in 2^30 bytes."
+    "The runs before or after a sweep: what varies, status, memory needed (as its file says) and used, in 2^30 bytes."
     spec = load_spec(source, out)
     plan = plan_runs(spec)
     rows = []
@@ -169,15 +170,14 @@ def collect_sweep(source, out: str | Path | None = None) -> SweepOutcome:
 
 
 def clean_sweep(source, out: str | Path | None = None, *, stale: bool = False, everything: bool = False) -> list[Path]:
-    """Remove run folders that failed, are damaged or were left half-done; returns what was removed. Runs in progress stay.
+    """Remove run folders that failed, are damaged or were left half-done; returns what was removed.
 
-    `stale` also removes finished runs that the file no longer asks for, or that earlier code made; `everything` all of them.
+    Runs in progress stay. `stale` also removes finished runs that the file no longer asks for, or that earlier code
+    made; `everything` all of them.
     """
     spec, removed = load_spec(source, out), []
     planned = {r.run_id for r in plan_runs(spec)}
-    folders = [
-        p for p in spec.out.glob("*") if p.is_dir() and len(p.name) == 16 and set(p.name) <= set("0123456789abcdef")
-    ]
+    folders = [p for p in spec.out.glob("*") if p.is_dir() and re.fullmatch("[0-9a-f]{16}", p.name)]
     done = {r["run_id"] for r in finished(spec.out, [p.name for p in folders])}
     keep = set() if everything else done & planned if stale else done
     for folder in [*sorted(folders), *spec.out.glob(".damaged/*")]:
@@ -192,7 +192,7 @@ def clean_sweep(source, out: str | Path | None = None, *, stale: bool = False, e
 
 # %% ../../nbs/sweeps/actions.ipynb #actions-012
 def report_sweep(source, out: str | Path | None = None) -> Path:
-    """Execute the report notebook over a sweep's folder; returns its HTML (or the notebook, where nbconvert is not installed).
+    """Execute the report notebook over a sweep's folder; returns its HTML, or the notebook where there is no nbconvert.
 
     FileNotFoundError if nothing has finished; RuntimeError if the report fails.
     """

@@ -26,7 +26,7 @@ from spectral_nb.sweeps.actions import (
     sweep_plan,
     sweep_status,
 )
-from .run import gpu_devices
+from .machine import gpu_devices
 from .schedule import STOP
 from .spec import load_spec
 

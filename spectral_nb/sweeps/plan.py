@@ -16,7 +16,8 @@ from typing import Any
 from ..base.paths import reference_dir, repo_root
 from ..base.runs import run_id, stable_hash
 from ..base.sources import code_stamp
-from ..models.checkpoints import checkpoint_hash, file_sha256, zoo_manifest
+from ..models.checkpoints import checkpoint_hash, file_sha256
+from ..models.revisions import zoo_manifest
 from .notebook import parameters_cell, read_notebook, working_folder
 from .spec import SweepSpec, expand
 

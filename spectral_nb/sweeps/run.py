@@ -6,173 +6,31 @@
 __all__ = []
 
 # %% ../../nbs/sweeps/run.ipynb #run-002
-import fcntl
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pyarrow.parquet as pq
-from dask.system import CPU_COUNT
 
-from ..base.files import read_json, write_json
+from ..base.files import write_json
 from ..base.paths import runs_dir
+from .machine import MARK, kill_orphans, kill_processes, marked_processes, take_gpus
+from .machine import thread_environment, threads_per_worker
 from .notebook import working_folder
 from .plan import RunRequest, code_of
+from .records import lock_file, lock_path, read_record, table_damage
 
-# %% ../../nbs/sweeps/run.ipynb #run-005
-FAILURES = ("failed", "timeout", "memory", "killed", "changed")
-
-
-@lru_cache(100_000)
-def _damage(table: Path, changed_ns: int, size: int) -> str:
-    "Why a table cannot be read; '' if it can."
-    try:
-        pq.read_table(table)
-        return ""
-    except Exception as e:
-        return f"{type(e).__name__}: {e}"[:300]
-
-
-def read_record(out: str | Path, run_id: str) -> dict | None:
-    "How a run ended (its `run.json`), or None if it never came to an end; a done run must have a table, a sound one."
-    folder = Path(out) / run_id
-    try:
-        record = read_json(folder / "run.json")
-        if not isinstance(record, dict) or not isinstance(record.get("status"), str):
-            return None
-        if record["status"] == "done":
-            table = (folder / "table.parquet").stat()
-            if problem := _damage(folder / "table.parquet", table.st_mtime_ns, table.st_size):
-                return {**record, "status": "damaged", "error": f"{folder / 'table.parquet'} is damaged: {problem}"}
-    except (OSError, ValueError):
-        return None
-    return record
-
-
-def lock_path(out: str | Path, run_id: str) -> Path:
-    "The run's lock: beside its folder, so that cleaning the folder never removes a lock that somebody waits for."
-    return Path(out) / ".locks" / run_id
-
-
-def lock_file(path: Path) -> int | None:
-    "Descriptor that holds an exclusive lock on `path` until it is closed, or None if somebody else holds it."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        os.close(descriptor)
-        if isinstance(e, BlockingIOError):
-            return None
-        raise
-    return descriptor
-
-
-def is_running(out: str | Path, run_id: str) -> bool:
-    "Is the run's lock held, by whomever?"
-    if not lock_path(out, run_id).exists():
-        return False
-    if (descriptor := lock_file(lock_path(out, run_id))) is not None:
-        os.close(descriptor)
-    return descriptor is None
-
-# %% ../../nbs/sweeps/run.ipynb #run-007
-def threads_per_worker(workers: int) -> int:
-    "Threads for one of `workers` runs at a time, at least 1, so that together they do not exceed the physical cores."
-    return max(1, min(CPU_COUNT, psutil.cpu_count(logical=False) or CPU_COUNT) // workers)
-
-
-def thread_environment(threads: int) -> dict[str, str]:
-    "Environment variables that hold every numerical library to `threads` threads."
-    libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
-    return {**{f"{name}_NUM_THREADS": str(threads) for name in libraries}, "TOKENIZERS_PARALLELISM": "false"}
-
-
-def gpu_devices() -> list[str]:
-    "Names of the GPUs that this process may use (as in `CUDA_VISIBLE_DEVICES`); empty without one. Does not load torch."
-    listed, tool = os.environ.get("CUDA_VISIBLE_DEVICES"), shutil.which("nvidia-smi")
-    if listed is not None or not tool:
-        return [d.strip() for d in (listed or "").split(",") if d.strip() not in ("", "-1")]
-    try:
-        found = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [str(i) for i, _ in enumerate(line for line in found.splitlines() if line.startswith("GPU "))]
-
-
-def _take_gpus(n: int, held: ExitStack) -> list[str] | None:
-    "Hold `n` GPUs of this machine while `held` is open: their names, or None while they are busy."
-    devices, names = gpu_devices(), []
-    if n > max(1, len(devices)):
-        raise ValueError(f"gpu={n} is more than this machine has ({len(devices)})")
-    with ExitStack() as taken:
-        for name in devices or ["none"]:
-            place = Path(tempfile.gettempdir()) / f"spectral-sweep-gpu-{os.getuid()}" / name.replace("/", "_")
-            if len(names) < n and (descriptor := lock_file(place)) is not None:
-                taken.callback(os.close, descriptor)
-                names.append(name)
-        if len(names) < n:
-            return None
-        held.push(taken.pop_all())
-    return names if devices else []
-
-# %% ../../nbs/sweeps/run.ipynb #run-009
-MARK = "SPECTRAL_NB_RUN"  # session, process id of the worker, folder of the run
-
-
-def marked_processes(words: dict[int, str]) -> list[psutil.Process]:
-    "Processes whose mark has these words at these places, and what shares a session with them."
-    found, sessions = [], set()
-    for pid in psutil.pids():
-        try:
-            process = psutil.Process(pid)
-            mark = process.environ().get(MARK, "").split(" ", 2)
-            if len(mark) == 3 and all(mark[i] == word for i, word in words.items()):
-                sessions.add(os.getsid(pid))
-                found.append(process)
-            elif os.getsid(pid) in sessions - {os.getsid(0)}:
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
-
-
-def kill_processes(words: dict[int, str]) -> None:
-    "Kill them, and those that they start meanwhile."
-    for _ in range(20):
-        if not (found := [p for p in marked_processes(words) if p.pid != os.getpid()]):
-            return
-        for process in found:
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
-        psutil.wait_procs(found, timeout=1)
-
-
-def _kill_orphans(folder: Path) -> None:
-    "End what an earlier attempt at this run left behind on this machine when its worker was killed."
-    for process in marked_processes({2: str(folder)}):
-        try:
-            worker = int(process.environ()[MARK].split(" ", 2)[1])
-            if not psutil.pid_exists(worker):
-                process.kill()
-        except (psutil.Error, KeyError):
-            continue
-
-# %% ../../nbs/sweeps/run.ipynb #run-011
+# %% ../../nbs/sweeps/run.ipynb #run-004
 def _cancelled():
     "Callable that says whether Dask has taken this task back, or its client is gone; never outside a worker."
     from distributed import get_worker
@@ -205,12 +63,9 @@ def _look(seen: SimpleNamespace, request: RunRequest, words: dict, gone) -> dict
 
 @contextmanager
 def _watched(request: RunRequest, words: dict):
-    "Look five times a second while the block runs; at a limit all processes of the run are killed, as they are at the end."
-    seen, over, gone = (
-        SimpleNamespace(memory=0.0, cpu=0.0, verdict=None, started=time.monotonic()),
-        threading.Event(),
-        _cancelled(),
-    )
+    "Look five times a second; at a limit all processes of the run are killed, as they are at the end."
+    seen = SimpleNamespace(memory=0.0, cpu=0.0, verdict=None, started=time.monotonic())
+    over, gone = threading.Event(), _cancelled()
 
     def watch():
         while not over.wait(0.2):
@@ -227,7 +82,7 @@ def _watched(request: RunRequest, words: dict):
         thread.join()
         kill_processes(words)
 
-# %% ../../nbs/sweeps/run.ipynb #run-013
+# %% ../../nbs/sweeps/run.ipynb #run-006
 def _engine(request: RunRequest, environment: dict, lock: int, folder: str):
     "papermill's engine with a kernel of this Python that inherits the run's lock and is spoken to through `folder`."
     from jupyter_client.kernelspec import KernelSpec
@@ -295,11 +150,11 @@ def _execute_notebook(request: RunRequest, environment: dict, lock: int) -> dict
             return _failure(e)
     table, problem = request.folder / "table.parquet", "the notebook ended well but wrote no table.parquet into out_dir"
     if table.is_file():
-        problem = _damage(table, table.stat().st_mtime_ns, table.stat().st_size)
+        problem = table_damage(table, table.stat().st_mtime_ns, table.stat().st_size)
         problem = problem or ("" if pq.read_metadata(table).num_rows else "the notebook's table has no row")
     return dict(status="failed" if problem else "done", error=problem, traceback=[])
 
-# %% ../../nbs/sweeps/run.ipynb #run-015
+# %% ../../nbs/sweeps/run.ipynb #run-008
 class RunKilled(RuntimeError):
     "A run whose kernel was killed from outside; carries its record. Dask tries such a run again."
 
@@ -364,19 +219,20 @@ def _attempt(request: RunRequest, held: ExitStack) -> dict:
         if (done := read_record(request.out, request.run_id)) and done["status"] == "done":
             return {**done, "reused": True}
         if not again and (lock := lock_file(lock_path(request.out, request.run_id))) is None:
-            _kill_orphans(request.folder)
+            kill_orphans(request.folder)
             return {"status": "busy"}
         if not again:
             held.callback(os.close, lock)
-    gpus = _take_gpus(request.resources.get("gpu", 0), held) if request.resources.get("gpu") else []
+    gpus = take_gpus(request.resources.get("gpu", 0), held) if request.resources.get("gpu") else []
     return {"status": "busy"} if gpus is None else _carry_out(request, lock, gpus)
 
 
 def execute_run(request: RunRequest) -> dict:
     """Execute one run unless it is done, and return its record.
 
-    `status`: done, failed (the notebook raised), timeout, memory, changed (the code is another), or busy: another process has
-    this run or the GPU at the moment. `reused` marks a run that was already done. RunKilled: it was killed from outside.
+    `status`: done, failed (the notebook raised), timeout, memory, changed (the code is another), or busy: another
+    process has this run or the GPU at the moment. `reused` marks a run that was already done. RunKilled: it was killed
+    from outside.
     """
     with ExitStack() as held:
         try:

@@ -21,7 +21,8 @@ import dask
 from ..base.checks import check_int
 from .plan import RunRequest
 from .progress import SweepProgress
-from .run import RunKilled, execute_run, kill_processes
+from .machine import kill_processes
+from .run import RunKilled, execute_run
 
 # %% ../../nbs/sweeps/schedule.ipynb #schedule-005
 PATIENCE_S = 30.0  # so long a sweep waits for a worker when there is none
@@ -55,8 +56,8 @@ def _main_hidden():
 def open_client(workers: int, *, scheduler=None, serial: bool = False) -> Iterator:
     """A Dask client: of the scheduler at an address (or of a cluster object), else of processes started here.
 
-    ValueError for a malformed address, ConnectionError for a scheduler that does not answer. `serial`: one worker, a thread
-    of this process.
+    ValueError for a malformed address, ConnectionError for a scheduler that does not answer. `serial`: one worker, a
+    thread of this process.
     """
     from distributed import Client, LocalCluster
 

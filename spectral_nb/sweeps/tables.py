@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from ..base.files import atomic_path, read_json, write_json, write_table
 from .plan import RunRequest
-from .run import is_running, read_record
+from .records import is_running, read_record
 from .spec import SweepSpec
 
 # %% ../../nbs/sweeps/tables.ipynb #tables-005
@@ -99,7 +99,7 @@ def finished(out: Path, run_ids: list[str]) -> list[dict]:
 
 
 def collect(spec: SweepSpec, requests: list[RunRequest]) -> pd.DataFrame:
-    "Write `results.parquet` (finished runs joined), `runs.parquet` (a row per run) and `sweep.json`; returns the runs' table."
+    "Write `results.parquet` (finished runs joined), `runs.parquet` (a row per run), `sweep.json`; returns the runs."
     table, results = runs_table(requests), spec.out / "results.parquet"
     if records := finished(spec.out, [q.run_id for q in requests]):
         with atomic_path(results) as temporary:
@@ -118,8 +118,8 @@ def collect(spec: SweepSpec, requests: list[RunRequest]) -> pd.DataFrame:
 def load_results(folder: str | Path) -> pd.DataFrame:
     """All results of the sweep in a folder as one long table: metric and value, the runs' parameters, provenance.
 
-    Of several sweeps in one folder, those of the one that was collected last. Runs that have finished since (a sweep that is
-    still running, or was killed) are joined afresh. FileNotFoundError if nothing has finished.
+    Of several sweeps in one folder, those of the one that was collected last. Runs that have finished since (a sweep
+    that is still running, or was killed) are joined afresh. FileNotFoundError if nothing has finished.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -24,6 +24,11 @@ from ..base.plots import COLORS, figure, plot_bars, plot_lines
 from ..sweeps.tables import PROVENANCE, STATUS_COLUMNS, load_results
 
 # %% ../../nbs/views/sweep_report.ipynb #20-005
+def _literal(text) -> str:
+    "Text in which a dollar is a dollar, and begins no formula."
+    return str(text).replace("$", r"\$")
+
+
 @dataclass(frozen=True)
 class SweepData:
     "A sweep as it lies on the disk."
@@ -38,7 +43,8 @@ class SweepData:
 
     def label(self, row: pd.Series) -> str:
         "What distinguishes a run, for people."
-        return ", ".join(str(row[k]) for k in self._own(self.varied) if k in row and str(row[k])) or str(row["run_id"])
+        names = [_literal(row[k]) for k in self._own(self.varied) if k in row and str(row[k])]
+        return ", ".join(names) or str(row["run_id"])
 
     def _own(self, names: Iterable[str]) -> list[str]:
         return [n.removeprefix("parameter_") for n in names]
@@ -172,7 +178,7 @@ def plot_claims(claims: pd.DataFrame) -> Figure | None:
             ax.text(j, i, f"{row.effect:.3g}", ha="center", va="center", fontsize=8)
     ax.imshow(np.ma.masked_invalid(shade), cmap=ListedColormap(["#f2b48c", "#9fd4b8"]), vmin=0, vmax=1, aspect="auto")
     ax.set_facecolor("#eeeeee")
-    ax.set_yticks(range(len(names)), [_short(n) for n in names])
+    ax.set_yticks(range(len(names)), [_literal(_short(n)) for n in names])
     step = -(-len(runs) // 30)  # as many labels as can be read
     ax.set_xticks(
         range(0, len(runs), step), [_short(r, 40) for r in runs[::step]], rotation=30 if step == 1 else 60, ha="right"
@@ -266,6 +272,9 @@ def panel_table(rows: pd.DataFrame, x: str, hue: str | None) -> pd.DataFrame:
     if "low" in rows and rows.low.notna().any() and (out.n == 1).all():
         own = groups.agg(low=("low", "first"), high=("high", "first")).reset_index()
         out["low"], out["high"] = own.low.fillna(out.value), own.high.fillna(out.value)
+    for key in keys:
+        if not pd.api.types.is_numeric_dtype(out[key]):
+            out[key] = out[key].map(_literal, na_action="ignore")
     return out.drop(columns=["smallest", "largest"])
 
 
@@ -279,7 +288,7 @@ def plot_panel(sweep: SweepData, title: str, rows: pd.DataFrame, *, x: str = "",
     for entry in sweep.published:
         if _about(entry, rows):
             ax.axhline(entry["value"], color="black", linestyle="--", linewidth=1)
-            name = entry.get("label") or entry.get("model") or "published"
+            name = _literal(entry.get("label") or entry.get("model") or "published")
             ax.annotate(
                 f"{name}: {entry['value']:g}",
                 (1, entry["value"]),
@@ -288,7 +297,7 @@ def plot_panel(sweep: SweepData, title: str, rows: pd.DataFrame, *, x: str = "",
                 va="bottom",
                 fontsize=8,
             )
-    ax.set_title(_short(title, 40))
+    ax.set_title(_literal(_short(title, 40)))
     ax.set_ylabel("")
     return ax
 
