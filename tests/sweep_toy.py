@@ -37,7 +37,8 @@ if mode == "shot": os.kill(os.getpid(), signal.SIGKILL)
 TABLE = """
 if mode != "no table":
     facts = {"square": x * x, "threads": int(os.environ.get("OMP_NUM_THREADS", 0))}
-    pd.DataFrame({"metric": list(facts), "value": list(facts.values())}).to_parquet(os.path.join(out_dir, "table.parquet"))
+    table = pd.DataFrame({"metric": list(facts), "value": list(facts.values())})
+    table.to_parquet(os.path.join(out_dir, "table.parquet"))
 if log: note("end")
 """
 
@@ -58,7 +59,7 @@ def write_toy(folder: Path, parameters: str = PARAMETERS) -> Path:
 
 
 def noted(log: Path) -> list[tuple[str, int, int, float]]:
-    "(start or end, x, process id, time) of every line that the runs wrote; `log` itself is no file, or it would be an input."
+    "(start or end, x, process id, time) of every line that the runs wrote; `log` itself is no file, so no input."
     file = log.with_name(log.name + ".txt")
     lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
     return [(word, int(x), int(pid), float(when)) for word, x, pid, when in lines]

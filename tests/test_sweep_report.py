@@ -5,19 +5,10 @@ import pytest
 from sweep_toy import write_toy
 
 from spectral_nb.base.files import read_json, write_json
-from spectral_nb.views.sweep_report import (
-    example_sweep,
-    panel_table,
-    panels,
-    plot_claims,
-    plot_cost,
-    plot_panel,
-    plot_sweep,
-    read_sweep,
-    sweep_claims,
-)
 from spectral_nb.sweeps import load_results
 from spectral_nb.sweeps.command import main
+from spectral_nb.views.sweep_report import plot_claims, plot_cost, plot_panel, plot_sweep, sweep_claims
+from spectral_nb.views.sweep_tables import example_sweep, panel_table, panels, read_sweep
 
 
 @pytest.fixture

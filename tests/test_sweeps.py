@@ -67,7 +67,7 @@ def test_grid_of_eight_over_two_workers(toy, tmp_path, capfd):
 
 
 def test_workers_may_read_a_notebook_at_the_same_time():
-    "CPython 3.11 mixes up two parses at once; every collection of garbage lets another thread in here, so that it happens often."
+    "CPython 3.11 mixes up two parses at once; here every collection of garbage lets another thread in."
     code = """
 import gc, json, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -76,7 +76,8 @@ cells = ["".join(c["source"]) for c in json.load(open(sys.argv[1]))["cells"] if 
 sys.setswitchinterval(1e-6)
 gc.callbacks.append(lambda *_: sum(range(50)))
 gc.set_threshold(50, 2, 2)
-with ThreadPoolExecutor(8) as pool: print(len({str(x) for x in pool.map(lambda _: [_imports.__wrapped__(c) for c in cells], range(40))}))
+read = lambda _: str([_imports.__wrapped__(c) for c in cells])
+with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(read, range(40)))))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(repo_root() / "nbs" / "12_svt.ipynb")],
@@ -88,7 +89,7 @@ with ThreadPoolExecutor(8) as pool: print(len({str(x) for x in pool.map(lambda _
 
 
 def test_failures_limits_and_retry(toy, tmp_path):
-    "One raises, one never ends, one exhausts its memory, one writes nothing, one is shot; the good one is done all the same."
+    "One raises, one never ends, one exhausts its memory, one writes nothing, one is shot; the good one is done."
     log = tmp_path / "log"
     modes = ["ok", "raise", "forever", "memory", "no table", "shot", "shot once", "raise unless mended"]
     sweep = toy(

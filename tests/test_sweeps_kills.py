@@ -21,7 +21,7 @@ def sweep_file(folder, n: int, wait: float, **keys):
 
 
 def never_at_once(log) -> bool:
-    "Were no two executions of the same run alive at the same time? A killed one is taken to live until its successor starts."
+    "Was no run executed twice at a time? A killed execution is taken to live until its successor starts."
     started: dict[int, int] = {}
     for word, x, pid, _ in noted(log):
         if word == "start":

@@ -35,7 +35,12 @@ LAYERS = (
     ("dev",),
 )
 ALIASES = ("spectra", "tasks")  # old dotted names: modules of imports alone
-NAMED_APART = {"dev/api": "__init__", "dev/spectra": "spectra", "dev/tasks": "tasks"}  # notebook: module, not by path
+NAMED_APART = {  # notebook: module, not by path
+    "dev/api": "__init__",
+    "dev/spectra": "spectra",
+    "dev/tasks": "tasks",
+    "sweeps/main": "sweeps.__main__",
+}
 
 
 def layer_of(package: str) -> int:

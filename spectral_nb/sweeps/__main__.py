@@ -10,5 +10,7 @@ import sys
 
 from .command import main
 
+# %% ../../nbs/sweeps/main.ipynb #main-003
+#| eval: false
 if __name__ == "__main__":
     sys.exit(main())

@@ -52,7 +52,7 @@ class SweepOutcome:
         return bool((self.runs.status == "done").all())
 
     def results(self) -> pd.DataFrame:
-        "The results of this sweep's finished runs, whatever else is in its folder; FileNotFoundError if there are none."
+        "Results of this sweep's finished runs, whatever else is in its folder; FileNotFoundError if there are none."
         return results_of(self.folder, finished(self.folder, list(self.runs.run_id)))
 
     def summary(self) -> str:

@@ -31,7 +31,7 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def gpu_devices() -> list[str]:
-    "Names of the GPUs that this process may use (as in `CUDA_VISIBLE_DEVICES`); empty without one. Does not load torch."
+    "GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them; torch is not loaded."
     listed, tool = os.environ.get("CUDA_VISIBLE_DEVICES"), shutil.which("nvidia-smi")
     if listed is not None or not tool:
         return [d.strip() for d in (listed or "").split(",") if d.strip() not in ("", "-1")]
