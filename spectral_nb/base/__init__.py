@@ -11,6 +11,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "run_figures": ["Figures"],
         "checks": ["head_name", "parse_head", "parse_heads"],
         "claims": ["claims_table", "differs", "equals", "identity"],
         "files": ["read_table", "write_table"],
@@ -19,7 +20,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "long_tables": ["long_table"],
         "paths": ["data_dir", "repo_root", "runs_dir", "zoo_dir"],
         "plots": [
-            "Figures",
             "figure",
             "plot_bars",
             "plot_draws",

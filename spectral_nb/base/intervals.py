@@ -179,12 +179,3 @@ def permutation_p(
         rng=np.random.default_rng(seed),
     )
     return float(result.pvalue)
-
-# %% ../../nbs/base/intervals.ipynb #04-shim
-def __getattr__(name: str):
-    "`claims_table` has moved to `base.claims`; this line goes when the last import has followed it."
-    if name in ("claims_table", "CLAIM_COLUMNS"):
-        from spectral_nb.base import claims
-
-        return getattr(claims, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

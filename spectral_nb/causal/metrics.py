@@ -107,6 +107,9 @@ def read_values(logits: Float[Tensor, "batch read vocab"], batch, metric: str | 
     values = metric(logits[:, 0], batch) if callable(metric) else end_values(logits[:, 0].float(), batch, metric)
     return np.asarray(values.double().cpu() if isinstance(values, Tensor) else values, dtype=float)
 
+# %% ../../nbs/causal/metrics.ipynb #metrics-010i
+@checked
+
 # %% ../../nbs/causal/metrics.ipynb #metrics-010
 @checked
 def evaluate(model, batch, metric: str | Callable = "accuracy", batch_size: int = 256) -> np.ndarray:
@@ -133,7 +136,6 @@ def _part_values(model, part, metric) -> np.ndarray:
     return read_values(logits, part, metric)
 
 
-@checked
 def refuse_layers(model, tokens) -> None:
     "ValueError naming the first layer whose output is not finite, or the logits where all layers are."
     layers = range(model.cfg.n_layers)

@@ -80,11 +80,13 @@ def checkpoint_ratios(model, batch, null_positions) -> tuple[dict[str, np.ndarra
     fixed, _ = ratios_and_metrics(model, fixed_content(batch), {"pr_fixed": batch.positions["end"]})
     return out | fixed, float(metrics[:, 0].mean())
 
+# %% ../../nbs/fingerprint/ratios.ipynb #ratios-011i
+@checked
+
 # %% ../../nbs/fingerprint/ratios.ipynb #ratios-011
 _COLUMNS = ["model", "revision", "step", "tokens", "processing", "layer", "head", "metric", "value"]
 
 
-@checked
 def ratio_rows(model, ratios: dict[str, np.ndarray]) -> list[dict]:
     "Rows of the trajectory table for one checkpoint."
     info = model_info(model)

@@ -18,6 +18,9 @@ from .seed_runs import accuracy_curve, accuracy_step
 from .seed_stats import ratio_ci
 from ..training.monitor import content_ratio, rising
 
+# %% ../../nbs/fingerprint/seed_timing.ipynb #timing-005i
+@checked
+
 # %% ../../nbs/fingerprint/seed_timing.ipynb #timing-005
 _SIGNALS = ("pr", "content")
 
@@ -29,7 +32,6 @@ def _signal_array(trajectory: pd.DataFrame, signal: str = "pr") -> tuple[np.ndar
     return (pr, steps) if signal == "pr" else (content_ratio(pr, as_array(trajectory, "pr_fixed")[0]), steps)
 
 
-@checked
 def lead_times(
     trajectory: pd.DataFrame, picks: dict[int, list], signal: str = "pr", fraction: float = 0.5
 ) -> pd.DataFrame:

@@ -51,10 +51,8 @@ def retrieval(
     check_int("n_prompts", n_prompts, 1)
     check_int("n_fillers", n_fillers, 1)
     src, rng = prompt_source(tokenizer_or_model, prepend_bos, n_ctx), np.random.default_rng(seed)
-    if codewords is None:
-        codes = code_words(src, words)
-    else:
-        codes = usable_words(src, "codewords", list(dict.fromkeys(codewords)), 2, 2)
+    given = None if codewords is None else list(dict.fromkeys(codewords))
+    codes = code_words(src, words) if given is None else usable_words(src, "codewords", given, 2, 2)
     keys = [w.split() for w in grammar.KEY_WORDINGS]
     queries = [w.split("{K}")[0].strip() for w in query_wordings(src)]
     which = zip(balanced(rng, n_prompts, len(keys)), balanced(rng, n_prompts, len(queries)), strict=True)
@@ -124,9 +122,7 @@ def induction(
     rng = np.random.default_rng(seed)
     ids = _vocabulary(src, vocabulary, words)
     if len(ids) < length:
-        raise ValueError(
-            f"vocabulary: {len(ids)} different ids for prompts of {length} tokens; at least {length} are needed"
-        )
+        raise ValueError(f"vocabulary: {len(ids)} different ids, and prompts of {length} tokens need {length}")
     rows, index = _distinct(rng, ids, n_prompts, length), np.arange(n_prompts)
     a1 = rng.integers(1, length - 3, n_prompts)
     rows[:, -1] = rows[index, a1]
@@ -135,13 +131,7 @@ def induction(
     tokens, mask = pad_rows(src, "induction", rows.tolist())
     end, shift = mask.sum(1) - 1, 0 if src.bos is None else 1
     first = torch.from_numpy(a1) + shift
-    return PromptBatch(
-        "induction",
-        tokens,
-        mask,
-        {"A1": first, "B1": first + 1, "A2": end, "end": end},
-        torch.from_numpy(rows[index, a1 + 1]),
-        torch.from_numpy(wrong),
-        src.tokenizer.batch_decode(rows.tolist()),
-        src.pad,
-    )
+    positions = {"A1": first, "B1": first + 1, "A2": end, "end": end}
+    answer, rival = torch.from_numpy(rows[index, a1 + 1]), torch.from_numpy(wrong)
+    decoded = src.tokenizer.batch_decode(rows.tolist())
+    return PromptBatch("induction", tokens, mask, positions, answer, rival, decoded, src.pad)

@@ -86,6 +86,15 @@ def _read_texts(src: PromptSource, texts, n_prompts: int | None, window: int, se
 
 # %% ../../nbs/prompts/running_text.ipynb #running-005
 @checked
+def _windows(src, strings: list[str], room: int) -> list[list[int]]:
+    "Token ids of every whole window of every string; a string shorter than one is a row of its own."
+    rows = []
+    for ids in src.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []:
+        whole = len(ids) // room * room
+        rows += [ids[s : s + room] for s in range(0, whole, room)] or ([ids] if ids else [])
+    return rows
+
+
 def text(
     tokenizer_or_model,
     texts=None,
@@ -113,10 +122,7 @@ def text(
     if texts is None and n_prompts is None and not knows_story(src):
         n_prompts = 64
     strings = [t for t in _read_texts(src, texts, n_prompts, window, seed) if t.strip()]
-    rows = []
-    for ids in src.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"] if strings else []:
-        whole = len(ids) // room * room
-        rows += [ids[s : s + room] for s in range(0, whole, room)] or ([ids] if ids else [])
+    rows = _windows(src, strings, room)
     if not rows or len(rows) < (n_prompts or 1):
         raise ValueError(f"texts: {len(rows)} windows of {window} tokens; at least {n_prompts or 1} are needed")
     if n_prompts is not None:

@@ -99,8 +99,10 @@ def ranking_claims(m: ModelSurvey) -> list[dict]:
         )
     return rows
 
-# %% ../../nbs/survey/findings.ipynb #findings-009x
+# %% ../../nbs/survey/findings.ipynb #findings-009xi
 @checked
+
+# %% ../../nbs/survey/findings.ipynb #findings-009x
 def survey_claims(surveyed: Sequence[ModelSurvey]) -> pd.DataFrame:
     "Every sentence for every model that can speak to it: `model`, the columns of `base.claims`, and `about`."
     rows = []
