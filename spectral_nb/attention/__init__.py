@@ -24,12 +24,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "factored_svd",
             "frobenius_norm",
             "participation_ratio",
-            "participation_ratio_from_gram",
             "principal_angles",
             "spectral_norm",
             "stable_rank",
             "subspace_overlap",
         ],
-        "terms": ["slice_terms", "slice_vectors"],
+        "terms": ["slice_terms"],
     },
 )

@@ -12,11 +12,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "mechanism": ["key_attention", "codeword_readout"],
-        "ratios": ["head_ratios", "ratio_trajectory", "head_scores"],
+        "ratios": ["head_ratios", "ratio_trajectory"],
         "seed_runs": ["measure_seeds"],
-        "seed_stats": ["layer_shares", "recurrence", "start_prediction"],
         "seed_summary": ["summarise_seeds"],
-        "seeds": ["load_seed_tables", "make_seed_tables"],
-        "weight_changes": ["rolling_gap", "weighted_gap"],
+        "seeds": ["load_seed_tables"],
     },
 )

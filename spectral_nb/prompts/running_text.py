@@ -85,7 +85,6 @@ def _read_texts(src: PromptSource, texts, n_prompts: int | None, window: int, se
     return _blocks(strings[0], 8 * window, n_prompts, seed) if isinstance(texts, (str, Path)) else strings
 
 # %% ../../nbs/prompts/running_text.ipynb #running-005
-@checked
 def _windows(src, strings: list[str], room: int) -> list[list[int]]:
     "Token ids of every whole window of every string; a string shorter than one is a row of its own."
     rows = []
@@ -95,6 +94,7 @@ def _windows(src, strings: list[str], room: int) -> list[list[int]]:
     return rows
 
 
+@checked
 def text(
     tokenizer_or_model,
     texts=None,

@@ -11,11 +11,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "classes": ["capability_survey", "class_stability", "by_kv_group"],
+        "classes": ["capability_survey", "by_kv_group"],
         "experts": ["expert_participation"],
         "rankings": ["ranking_table", "precision_at_k", "conserved_fraction"],
         "screens": ["screen_heads", "screen_ablation", "removal_curve"],
-        "sinks": ["bos_share"],
         "targets": ["CLASSES"],
     },
 )

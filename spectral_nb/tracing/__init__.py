@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "edge_tables": ["EDGE_COLUMNS"],
         "flow": ["Flow", "trace_flow"],
         "graph_files": ["read_graph", "write_graph"],
-        "graph_scores": ["graph_heads", "known_heads", "precision_recall", "skeleton"],
+        "graph_scores": ["graph_heads", "precision_recall", "skeleton"],
         "graphs": ["communication_edges", "filter_graph", "trace_graph"],
         "interventions": ["edge_interventions"],
         "options": ["TraceOptions"],

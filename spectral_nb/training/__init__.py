@@ -13,10 +13,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "accuracy": ["evaluate_tasks"],
         "config": ["PRESETS", "TrainConfig", "preset"],
-        "corpus": ["sample_text", "token_stream"],
         "loop": ["train"],
         "monitor": ["SpectralMonitor", "TransitionEvent", "TransitionRule", "rising"],
         "untrained": ["build_model"],
-        "zoo": ["accuracy_table", "export_model", "make_model"],
+        "zoo": ["accuracy_table"],
     },
 )
