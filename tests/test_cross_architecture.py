@@ -200,7 +200,7 @@ def test_synthetic_batch():
 def test_synthetic_batch_refusals():
     tokenizer, model = story_tokenizer(), random_model()
     with pytest.raises(ValueError, match="longest possible for this model is 32"):
-        synthetic_bigrams(model, 4, length=64)
+        synthetic_bigrams(model, 4, length=64, vocabulary=range(1, 90))
     with pytest.raises(ValueError, match="largest allowed is 511"):
         synthetic_bigrams(tokenizer, 4, vocabulary=range(100, 10_000))
     with pytest.raises(ValueError, match="at least 8"):

@@ -333,7 +333,7 @@ def test_refusals(planted, batch):
 def test_names_the_layer_that_is_not_finite():
     model = from_hf(planted_gpt2(), processing="raw")
     model.blocks[1].attn.q.original_component.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="attention of layer 1"):
+    with pytest.raises(ValueError, match="non-finite values in layer 1"):
         capability_survey(model, bigrams(4))
 
 
