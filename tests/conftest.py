@@ -1,4 +1,4 @@
-"Fixtures shared by all tests: tiny random models of every supported architecture, and the reference data where it is there."
+"Fixtures shared by all tests: tiny random models of every architecture, and the reference data where it is there."
 
 import os
 
@@ -143,15 +143,17 @@ def open_page(browser):
 
 
 def horizontal_overflow(browser) -> list[str]:
-    "Elements that stick out of the page's right edge without a scrolling box around them, and the page itself if it scrolls sideways."
+    "Elements that stick out of the page's right edge with no scrolling box around, and the page if it scrolls sideways."
     return browser.execute_script("""
         const width = document.documentElement.clientWidth, out = [];
-        if (document.documentElement.scrollWidth > width + 1) out.push('page ' + document.documentElement.scrollWidth + ' > ' + width);
+        const page = document.documentElement.scrollWidth;
+        if (page > width + 1) out.push('page ' + page + ' > ' + width);
         for (const e of document.querySelectorAll('body *')) {
           const r = e.getBoundingClientRect();
           if (!r.width || r.right <= width + 1 || r.left >= width) continue;
           let p = e.parentElement;
           while (p && getComputedStyle(p).overflowX === 'visible') p = p.parentElement;
-          if (!p || p === document.body || p === document.documentElement) out.push(e.tagName + ' ' + (e.textContent || '').trim().slice(0, 40));
+          const words = e.tagName + ' ' + (e.textContent || '').trim().slice(0, 40);
+          if (!p || p === document.body || p === document.documentElement) out.push(words);
         }
         return out;""")

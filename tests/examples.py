@@ -78,7 +78,8 @@ class Examples:
             layer=1, head=0, seed=0, n_prompts=4, heads=[(0, 0), (1, 1)], task="retrieval", role="end", kind="entropy",
             metric="logit_diff", n_draws=4, n_layers=3, n_heads=4, tokens=self.__class__.batch, name="story-gpt2-s42",
             name_or_path="story-gpt2-s42", folder_or_name="story-gpt2-s42", revision="step800", section="x", params={},
-            path=f"{self.folder}/file.parquet", folder=f"{self.folder}", claim="it grows", unit="ratio", n=3, side="greater",
+            path=f"{self.folder}/file.parquet", folder=f"{self.folder}", claim="it grows", unit="ratio", n=3,
+            side="greater",
             null=0.0, x="layer", y="value", label="metric", head_counts=(2,), revisions=["step800"], threshold=0.5,
         )  # fmt: skip
         if name in ("model", "batch", "acts", "pairs", "data", "edges", "graph", "survey", "table"):
@@ -122,8 +123,11 @@ class Examples:
             plot_heads=dict(values=a(3, 4, torch_=False)), Interval=dict(estimate=1.0, low=0.0, high=2.0),
             bootstrap_ci=dict(values=draws, n_resamples=20), wilson=dict(successes=2, n=3),
             exact_p=dict(effect=0.2, draws=draws), permutation_p=dict(a=draws, b=draws, n_resamples=20),
-            long_table=dict(parts=[self.table]), plot_hist=dict(values=draws), plot_draws=dict(observed=0.2, draws=draws),
-            plot_intervals=lambda: dict(table=self.table.assign(low=0.0, high=9.0), estimate="value", low="low", high="high"),
+            long_table=dict(parts=[self.table]), plot_hist=dict(values=draws),
+            plot_draws=dict(observed=0.2, draws=draws),
+            plot_intervals=lambda: dict(
+                table=self.table.assign(low=0.0, high=9.0), estimate="value", low="low", high="high"
+            ),
             plot_small_multiples=dict(facet="head"), save_run=dict(table=self.table),
             factored_svd=dict(left=left, right=right), factored_singular_values=dict(left=left, right=right),
             spectral_norm=dict(left=left), frobenius_norm=dict(left=left), stable_rank=dict(left=left),

@@ -9,7 +9,7 @@ from examples import Examples
 
 from spectral_nb.base.paths import repo_root
 
-# What is right although it looks wrong: tables, lists and dicts that may be empty, columns that may be any, notes of any kind.
+# What is right although it looks wrong: tables, lists and dicts that may be empty, any columns, notes of any kind.
 ACCEPTED = {
     "base.claims.claims_table(rows=a list)",
     "base.claims.claims_table(rows=a dict)",
