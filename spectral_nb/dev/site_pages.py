@@ -54,6 +54,9 @@ def _for_readers(nb) -> None:
             cell.source = ""
         else:
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+        for output in cell.get("outputs", []):
+            if "text/markdown" in output.get("data", {}):
+                output.data["text/markdown"] = math_to_mathml("".join(output.data["text/markdown"]))
 
 # %% ../../nbs/dev/site_pages.ipynb #sp-009
 def markdown_links(text: str) -> str:

@@ -34,7 +34,7 @@ def _configuration(docs: Path, site: Path, nav: list) -> dict:
         use_directory_urls=False,
         nav=nav,
         extra_css=["site.css"],
-        extra=dict(generator=False, polyfills=["site_worker.js"]),
+        extra=dict(generator=False, polyfills=["iframe-worker.js"]),
         theme=dict(name="material", font=False, palette=dict(primary="indigo"), features=list(names)),
         plugins=["search", "offline"],
         validation=dict(links=dict(not_found="warn", anchors="ignore", unrecognized_links="ignore")),
@@ -73,8 +73,11 @@ def _start_page(docs: Path) -> None:
 # %% ../../nbs/dev/website.ipynb #26-011c
 def _write_pages(docs: Path) -> list:
     "All pages as Markdown; returns the menu."
-    for file in ("site.css", "site_worker.js"):
-        shutil.copy(package_dir() / "views" / "assets" / file, docs / file)
+    assets = package_dir() / "views" / "assets"
+    shutil.copy(assets / "site.css", docs / "site.css")
+    shutil.copy(
+        assets / "site_worker.js", docs / "iframe-worker.js"
+    )  # the theme fetches its own unless it has this name
     _start_page(docs)
     paths, known, api = {n: p for n, p in notebooks().items() if n != "index"}, modules(), []
     titles = {name: notebook_page(path, name, docs) for name, path in paths.items()}
