@@ -26,7 +26,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "participation_ratio",
             "principal_angles",
             "spectral_norm",
-            "stable_rank",
             "subspace_overlap",
         ],
         "terms": ["slice_terms"],

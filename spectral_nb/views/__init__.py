@@ -13,7 +13,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "attention": ["attention_page", "plot_pattern", "plot_slice_terms", "slice_maps"],
         "circuits": ["circuit_page"],
-        "sweep_report": ["plot_claims", "plot_cost", "plot_sweep", "sweep_claims"],
-        "sweep_tables": ["read_sweep"],
     },
 )
