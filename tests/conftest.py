@@ -143,7 +143,7 @@ def open_page(browser):
 
 
 def horizontal_overflow(browser) -> list[str]:
-    "Elements that stick out of the page's right edge with no scrolling box around, and the page if it scrolls sideways."
+    "Elements that stick out of the page's right edge with no scrolling box around, and the page if it scrolls."
     return browser.execute_script("""
         const width = document.documentElement.clientWidth, out = [];
         const page = document.documentElement.scrollWidth;
