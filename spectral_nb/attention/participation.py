@@ -132,12 +132,12 @@ def shuffled_positions(batch, seed: int = 0) -> Int[Tensor, " batch"]:
 
 
 def fixed_content(batch, role: str = "key", token: int | None = None):
-    "The same prompts with one token at `role` in all of them (by default the first prompt's)."
+    "The same prompts, one token (default: the first prompt's) at `role` in all; no rival, which may be that token."
     positions, rows = read_positions(batch, role), torch.arange(len(batch))
     tokens = batch.tokens.clone()
     tokens[rows, positions] = int(tokens[0, positions[0]]) if token is None else check_int("token", token, 0)
     same = tokens[rows, positions].clone() if batch.answer is not None else None
-    return dataclasses.replace(batch, tokens=tokens, answer=same)
+    return dataclasses.replace(batch, tokens=tokens, answer=same, wrong=None)
 
 # %% ../../nbs/attention/participation.ipynb #05-011b
 def _check_read(model, batch, positions: Tensor, min_examples: int | None) -> None:
