@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "changes": ["Changes"],
         "head_effects": ["single_heads"],
         "matched_sets": ["matched_random"],
-        "metrics": ["METRICS", "evaluate"],
+        "metrics": ["evaluate"],
         "rankings": ["Faithfulness", "faithfulness"],
         "set_tests": ["AblationOptions", "AblationResult", "ablation_test", "set_verdict"],
     },

@@ -19,6 +19,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "running_text": ["natural_text", "text"],
         "sentence_tasks": ["ioi", "sva"],
         "stories": ["sample_stories", "sample_training"],
-        "tasks": ["TASKS", "make_batch"],
+        "tasks": ["make_batch"],
     },
 )

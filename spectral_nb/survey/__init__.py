@@ -15,6 +15,5 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "experts": ["expert_participation"],
         "rankings": ["ranking_table", "precision_at_k", "conserved_fraction"],
         "screens": ["screen_heads", "screen_ablation", "removal_curve"],
-        "targets": ["CLASSES"],
     },
 )

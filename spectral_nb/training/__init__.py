@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "accuracy": ["evaluate_tasks"],
-        "config": ["PRESETS", "TrainConfig", "preset"],
+        "config": ["TrainConfig", "preset"],
         "loop": ["train"],
         "monitor": ["SpectralMonitor", "TransitionEvent", "TransitionRule", "rising"],
         "untrained": ["build_model"],
