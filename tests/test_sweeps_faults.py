@@ -129,12 +129,6 @@ def test_types_that_differ_between_runs_are_reconciled(toy, tmp_path):
     assert list(load_results(tmp_path / "b").extra) == ["a", "b", "[1]", "[2]"]
 
 
-def test_a_table_without_rows_is_no_result(toy, tmp_path):
-    add_cell(tmp_path, 'pd.DataFrame({"metric": []}).to_parquet(os.path.join(out_dir, "table.parquet"))', place=99)
-    record = execute_run(request_of(toy()))
-    assert record["status"] == "failed" and "has no row" in record["error"]
-
-
 @pytest.mark.parametrize("text", ["[]", "3", "null", '{"status": 3}', '{"a'])
 def test_a_record_of_another_kind_is_none(text, toy):
     request = request_of(toy())

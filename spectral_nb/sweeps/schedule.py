@@ -112,9 +112,9 @@ class Scheduling:
         self.per_host = max((hosts.count(h) for h in hosts), default=1)
         self.gpus = any(w.get("resources", {}).get("GPU") for w in workers)
         client.subscribe_topic(f"sweep-{self.session}", self._begins)
-        self.flying = {self._submit(r): r for r in requests}
+        self.flying = {self._submit(r, -i): r for i, r in enumerate(requests)}  # in the order of the file
 
-    def _submit(self, request: RunRequest, priority: int = 0):
+    def _submit(self, request: RunRequest, priority: int):
         "Hand a run to Dask; a future."
         placed, gpu = replace(request, per_host=self.per_host, session=self.session), request.resources.get("gpu", 0)
         wanted = dict(resources={"GPU": gpu}) if gpu and self.gpus else {}
@@ -141,7 +141,7 @@ class Scheduling:
                 raise
             record = dict(status="killed", error=f"{type(e).__name__}: {e}"[:2000])
         if record["status"] == "busy":
-            self.flying[self._submit(request, priority=-1)] = request
+            self.flying[self._submit(request, -1_000_000)] = request  # after all others
         else:
             self.records[request.run_id] = record
             self.shown.finish(request.label, record)
