@@ -51,7 +51,6 @@ class SliceData:
         )
 
 # %% ../../nbs/attention/slices.ipynb #09-005b
-@checked
 def measure_slices(
     model: Any,
     batch: Any,  # PromptBatch or [batch, pos] tokens
