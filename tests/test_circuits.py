@@ -22,6 +22,7 @@ from spectral_nb.models.heads import head_weights, rotation
 from spectral_nb.models.loading import load_model
 from spectral_nb.models.verification import qk_norm_scales
 from spectral_nb.attention.spectra import factored_svd
+from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.prompts.tasks import make_batch
 
 ARCHITECTURES = conftest.ARCHITECTURES
@@ -464,7 +465,7 @@ def test_capture_refuses_what_it_cannot_read(made):
     for tokens, message in [
         (torch.zeros(0, 4, dtype=torch.long), "empty"),
         (torch.zeros(2, 33, dtype=torch.long), "holds 32"),
-        (torch.zeros(4), "integers"),
+        (torch.zeros(4, dtype=torch.long), "batch pos"),
         (torch.full((1, 4), 97), "vocabulary"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -540,8 +541,8 @@ def test_selection_of_tensors_that_require_grad():
 
 def test_padding_is_not_a_pair(made):
     model, _ = made("gpt2")
-    batch = type("Batch", (), {"tokens": conftest.random_tokens(2, 10), "__len__": lambda self: 2})()
-    batch.attention_mask = torch.arange(10) < torch.tensor([[10], [4]])
+    mask, end = torch.arange(10) < torch.tensor([[10], [4]]), {"end": torch.tensor([9, 3])}
+    batch = PromptBatch("toy", conftest.random_tokens(2, 10), mask, end, None, None, ["", ""], 0)
     acts = capture(model, batch)
     pairs = firings(acts, batch, threshold=0.0, skip_key=None)
     assert pairs.q_pos[pairs.prompt == 1].max() == 3 and (pairs.k_pos <= pairs.q_pos).all()

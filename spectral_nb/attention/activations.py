@@ -21,6 +21,7 @@ from ..base.checks import check_finite, check_int
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
 from ..models.verification import qk_norm_scales
+from ..prompts.batches import PromptBatch
 
 # %% ../../nbs/attention/activations.ipynb #03-005
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def run_to(
 @torch.no_grad()
 def capture(
     model,
-    tokens,  # PromptBatch, or [batch, pos] integers
+    tokens: PromptBatch | Int[Tensor, "batch pos"],
     *,
     layers: list[int] | None = None,  # None: all
     scores: bool = True,
@@ -129,6 +130,8 @@ def capture(
     spec = ArchSpec.from_model(model)
     layers = [spec.check_layer(layer) for layer in (range(spec.n_layers) if layers is None else layers)]
     tokens, lengths = token_batch(model, tokens)
+    if not layers:
+        raise ValueError("layers is empty; name at least one or leave it out for all")
     names = _hook_names(spec, layers, scores, z)
     wanted = {n.format(layer) for n in names.values() for layer in layers}
     chunks = []

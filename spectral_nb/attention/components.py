@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..base.arguments import checked
+from ..base.arguments import checked, shown
 from .activations import exact, refuse_non_finite, run_to, token_batch
 from ..base.checks import check_int, head_name
 from ..models.architectures import ArchSpec
@@ -63,8 +63,11 @@ def component_outputs(
     cache = tokens_or_cache
     if hasattr(cache, "tokens") or isinstance(cache, (Tensor, np.ndarray, list)):
         cache = run_to(model, token_batch(model, cache)[0], names)
+    elif not hasattr(cache, "__getitem__") or isinstance(cache, (str, bytes, type)):
+        needed = "a PromptBatch, token numbers [batch, pos] or a cache of activations"
+        raise TypeError(f"tokens_or_cache must be {needed}, got {shown(cache)}")
     if missing := [n for n in names if n not in cache]:
-        raise KeyError(f"the cache lacks {missing[0]!r}; component_hooks(model, {layer}) lists what is needed")
+        raise KeyError(f"tokens_or_cache lacks {missing[0]!r}; component_hooks(model, {layer}) lists what is needed")
     half = cache[names[-1]].dtype in _HALF
     stream = exact(cache[names[-1]])
     values = [exact(cache["hook_embed"]).expand_as(stream)]
@@ -98,6 +101,9 @@ def through_norm(
     ln_scale: Float[Tensor, "*#batch"],  # what the norm divided by at the same tokens
 ) -> Float[Tensor, "*batch d_model"]:
     "Parts of the stream as the heads of `layer` read them: centred (LayerNorm), over the scale, times the gain."
+    values, ln_scale = torch.as_tensor(values), torch.as_tensor(ln_scale)
+    if not (ln_scale > 0).all():
+        raise ValueError("ln_scale must be above 0, as what a norm divides by is")
     if "layernorm" in ArchSpec.from_model(model).norm:
         values = values - values.mean(-1, keepdim=True)
     return values / ln_scale.unsqueeze(-1) * read_gain(model, layer)

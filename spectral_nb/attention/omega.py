@@ -40,8 +40,8 @@ def qk_factors(
         right = torch.cat([right, w.b_K.unsqueeze(1)], 1)
     if w.q_gain is not None:
         left, right = left * w.q_gain.unsqueeze(1), right * w.k_gain.unsqueeze(1)
-    if offset:
-        right = _rotate(model, right, [check_offset(model, offset)])[0]
+    if check_offset(model, offset or 0):
+        right = _rotate(model, right, [offset])[0]
     return left, right
 
 
@@ -180,7 +180,7 @@ def omega_svd(
     layers = [spec.check_layer(layer) for layer in (range(spec.n_layers) if layers is None else layers)]
     if not layers:
         raise ValueError("layers is empty; name at least one or leave it out for all")
-    offset = check_offset(model, offset or 0) if spec.positions == "rotary" else None
+    offset = check_offset(model, offset or 0)
     parts = [omega_vectors(model, layer, offset or 0) for layer in layers]
     U, S, V = (torch.stack(p) for p in zip(*parts, strict=True))
-    return OmegaSVD(U, S, V, tuple(layers), offset)
+    return OmegaSVD(U, S, V, tuple(layers), offset if spec.positions == "rotary" else None)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Int
 from scipy.stats import rankdata
 from torch import Tensor
 
@@ -25,12 +26,15 @@ from ..base.progress import progress
 from ..models.architectures import ArchSpec
 from ..models.loading import load_model
 from ..models.revisions import list_revisions, revision_tokens
+from ..prompts.batches import PromptBatch
 from .slices import SliceData, signal_to_clutter
 from .spectra import subspace_overlap
 
 # %% ../../nbs/attention/origins.ipynb #09-005
 @checked
-def upstream_contributions(model: Any, tokens: Any, data: SliceData, layer: int) -> tuple[list[str], Tensor]:
+def upstream_contributions(
+    model: Any, tokens: PromptBatch | Int[Tensor, "batch pos"], data: SliceData, layer: int
+) -> tuple[list[str], Tensor]:
     """Labels of the components before `layer`, and their contributions `[set, side, n, component]` (equation 8).
 
     `tokens` may be the first prompts alone, if `data` holds no pairs of others.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.arguments import checked
 from .activations import Activations
-from ..base.checks import head_name
+from ..base.checks import check_int, head_name
 
 # %% ../../nbs/attention/pairs.ipynb #pairs-005
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def firings(
         raise ValueError(f"batch has {len(batch)} prompts, acts {acts.x.shape[1]}")
     keep = (acts.pattern >= threshold) & (acts.scores > 0)
     if skip_key is not None:
+        check_int("skip_key", skip_key, 0, keep.shape[-1] - 1)
         keep[..., skip_key] = False
     return pairs_where(acts, keep)
 

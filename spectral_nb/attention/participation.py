@@ -160,7 +160,7 @@ def head_participation(
     batch,
     role: str = "end",
     *,
-    positions=None,
+    positions: Int[Tensor, " batch"] | None = None,
     kind: str = "entropy",
     batch_size: int = 500,
     min_examples: int | None = None,
@@ -171,6 +171,8 @@ def head_participation(
     Raw and folded models differ where values have a bias, which folding moves out of z: record which one it was."""
     positions = read_positions(batch, role) if positions is None else torch.as_tensor(positions)
     check_int("batch_size", batch_size, 1)
+    if min_examples is not None:
+        check_int("min_examples", min_examples, 1)
     _check_read(model, batch, positions, min_examples)
     grams = HeadGrams()
     for at in range(0, len(batch), batch_size):
@@ -191,7 +193,7 @@ def _trajectory(pr, at, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @checked
-def pr_spread(pr) -> np.ndarray:
+def pr_spread(pr: Float[np.ndarray, "*head checkpoint"]) -> np.ndarray:
     "Largest minus smallest PR over checkpoints (the last axis)."
     pr = np.asarray(pr, dtype=float)
     return pr.max(-1) - pr.min(-1)
@@ -204,7 +206,7 @@ def pr_rise(pr) -> np.ndarray:
 
 # %% ../../nbs/attention/participation.ipynb #05-016c
 @checked
-def pr_integral(pr, tokens) -> np.ndarray:
+def pr_integral(pr: Float[np.ndarray, "*head checkpoint"], tokens: Float[np.ndarray, " checkpoint"]) -> np.ndarray:
     "Area of max(PR - 1, 0) over ln(tokens), by trapezoids; checkpoints are the last axis, those at 0 tokens left out."
     pr, tokens = _trajectory(pr, tokens, "tokens")
     if (tokens < 0).any():
@@ -237,7 +239,7 @@ def _crossing(y: np.ndarray, steps: np.ndarray, fraction: float, least: float) -
 
 # %% ../../nbs/attention/participation.ipynb #05-019
 @checked
-def rank_heads(scores) -> pd.DataFrame:
+def rank_heads(scores: Float[np.ndarray, "layer head"]) -> pd.DataFrame:
     "Heads by descending score `[layer, head]`: rank, layer, head, score, share (of the positive scores so far)."
     scores = np.asarray(scores, dtype=float)
     if scores.ndim != 2:
@@ -253,7 +255,7 @@ def rank_heads(scores) -> pd.DataFrame:
 
 # %% ../../nbs/attention/participation.ipynb #05-019b
 @checked
-def elbow(scores) -> tuple[int, float]:
+def elbow(scores: Float[np.ndarray, "*n"]) -> tuple[int, float]:
     """(number of heads before the knee of the sorted scores, their share of the summed positive scores).
 
     The knee is `kneed.KneeLocator`'s for a convex, decreasing curve; where it finds none, the largest drop decides."""

@@ -22,6 +22,7 @@ from .selection import select_slices
 from .terms import slice_coordinates
 from ..base.checks import check_int, head_name
 from ..base.progress import progress
+from ..prompts.batches import PromptBatch
 
 # %% ../../nbs/attention/slices.ipynb #09-005
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class SliceData:
         )
 
 # %% ../../nbs/attention/slices.ipynb #09-005b
+@checked
 def measure_slices(
     model: Any,
-    batch: Any,  # PromptBatch or [batch, pos] tokens
+    batch: PromptBatch | Int[Tensor, "batch pos"],
     pairs: Pairs | None = None,  # None: the firings
     *,
     threshold: float = 0.5,

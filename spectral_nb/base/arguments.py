@@ -74,6 +74,7 @@ NAMED = {
     "heads": Kind("heads such as 'L9H6' or pairs (layer, head)", lambda value: isinstance(value, Iterable)),
     "metric": Kind("the name of a metric, or a function", lambda value: isinstance(value, str) or callable(value)),
     "tokenizer": Kind("a tokenizer", _has("encode", "decode")),
+    "info": Kind("a ModelInfo (see models.model_info)", _has("name", "revision", "tokens", "processing")),
 }
 LEAST = {
     "batch_size": 1,
@@ -139,6 +140,7 @@ def _check_array(annotation: Any) -> Callable[[str, Any], None]:
 
     def check(name: str, value: Any) -> None:
         array = _array_of(name, value)
+        array = array.detach() if hasattr(array, "detach") else array
         least = len(dims) - variadic
         if len(array.shape) < least or (len(array.shape) > least and not variadic):
             raise ValueError(f"{name} has shape {tuple(array.shape)}: needed is an array {words}")

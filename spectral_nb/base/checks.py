@@ -61,8 +61,21 @@ def check_finite(argument: str, values: Any, where: str = "") -> None:
 
 # %% ../../nbs/base/checks.ipynb #00-011
 def head_name(layer: int, head: int) -> str:
-    "`L9H6` for layer 9, head 6."
-    return f"L{int(layer)}H{int(head)}"
+    "`L9H6` for layer 9, head 6; TypeError or ValueError for what is no whole number from 0."
+    return f"L{_index('layer', layer)}H{_index('head', head)}"
+
+
+def _index(argument: str, value: Any) -> int:
+    "A whole number from 0: an integer of any library, or a float of a table that holds one."
+    if type(value) is int:
+        whole = value
+    elif isinstance(value, (float, np.floating)) and float(value).is_integer():
+        whole = int(value)
+    elif hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_, type)):
+        whole = int(value)
+    else:
+        raise TypeError(f"{argument} must be a whole number, got {value!r} ({type(value).__name__})")
+    return check_int(argument, whole, 0)
 
 
 def parse_head(head) -> tuple[int, int]:
@@ -84,6 +97,8 @@ def parse_heads(
     """List of (layer, head) from `'L9H6 L9H9'` or any iterable of heads.
 
     ValueError for a head beyond `n_layers` or `n_heads` (where given), or one that is named twice."""
+    if not isinstance(argument, str):
+        raise TypeError(f"argument must be text, the name for messages, got {argument!r} ({type(argument).__name__})")
     if not isinstance(heads, (str, Iterable)) or isinstance(heads, (bytes, dict)):
         raise TypeError(f"{argument} must be names such as 'L9H6' or pairs, got {heads!r} ({type(heads).__name__})")
     for name, size in (("n_layers", n_layers), ("n_heads", n_heads)):

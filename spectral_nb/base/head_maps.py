@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .arguments import checked
+from .arguments import checked, shown
 from .checks import parse_heads
 from .plots import COLORS, DIVERGING, SEQUENTIAL, axes_of, check_columns
 
@@ -29,6 +29,17 @@ def head_matrix(table: pd.DataFrame, value: str) -> np.ndarray:
     return out
 
 # %% ../../nbs/base/head_maps.ipynb #heads-008
+def _as_map(values: Any) -> np.ndarray:
+    "Numbers [n_layers, n_heads], NaN for a head that was not measured; TypeError or ValueError for anything else."
+    try:
+        values = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as e:
+        raise TypeError(f"values must be numbers [n_layers, n_heads], got {shown(values)}") from e
+    if values.ndim != 2:
+        raise ValueError(f"values must be [n_layers, n_heads], got shape {values.shape}")
+    return values
+
+
 @checked
 def plot_heads(
     values: Any,
@@ -43,9 +54,7 @@ def plot_heads(
 
     `ring` outlines heads (names, pairs), `diverging` centres the colours on 0, `annotate` writes numbers (by default if
     there are at most 40). ValueError for another shape, or a ringed head that the map does not have."""
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 2:
-        raise ValueError(f"values must be [n_layers, n_heads], got shape {values.shape}")
+    values = _as_map(values)
     ax = axes_of(ax)
     limit = np.nanmax(np.abs(values)) if diverging and np.isfinite(values).any() else None
     image = ax.imshow(
