@@ -209,9 +209,13 @@ def test_trace_on_a_trained_model(stories260k):
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_circuits_are_returned_exactly(name):
     p = planted(name, 6, seed=3)
-    edges, firing = trace_tables(p.model, p.batch, p.roots)
-    found = {((e.upstream_layer, e.upstream_head), (e.layer, e.head), e.token) for e in edges.itertuples()}
+    edges, firing = trace_tables(p.model, p.batch, p.roots, values=True)
+    reads = np.where(edges["kind"] == "value", "value", edges["token"].astype(str))
+    pairs = zip(edges["upstream_layer"], edges["upstream_head"], edges["layer"], edges["head"], reads)
+    found = {((a, b), (c, d), read) for a, b, c, d, read in pairs}
     assert found == p.edges and len(edges) == 6 * len(p.edges)
+    if name != "values":  # looking at values adds nothing where no head moves what a head wrote
+        assert len(trace(p.model, p.batch, p.roots)) == len(edges)
     circuit = [pair for pair in p.heads if pair not in p.distractors]
     score = precision_recall(trace_graph(edges, unlabeled="keep"), circuit)
     assert score["precision"] == score["recall"] == 1.0

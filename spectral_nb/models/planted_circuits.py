@@ -32,6 +32,7 @@ from spectral_nb.models.planted_parts import (
     spread,
     together,
 )
+from .planted_values import values_hf, values_prompts
 from ..prompts.batches import PromptBatch
 
 # %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-005
@@ -257,18 +258,36 @@ def _plant_grouped(n_prompts: int, seed: int) -> Planted:
         {(0, 0): "one back", (0, 1): "two back", (1, 2): "trigram induction", (0, 2): "distractor"},
     )
 
+# %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-018v
+def _plant_values(n_prompts: int, seed: int) -> Planted:
+    "A word's predecessor moved to the end by L1H2 and read there by L2H1, in a Llama with grouped heads."
+    n_words = 10
+    rows, roles, answer, wrong = values_prompts(n_prompts, n_words, seed)
+    edges = {((0, 0), (1, 2), "source"), ((0, 1), (1, 2), "value"), ((1, 2), (2, 1), "value")}
+    heads = {(0, 0): "one back", (0, 1): "two back", (1, 2): "mover", (2, 1): "reader", (0, 2): "distractor"}
+    return Planted(
+        "values",
+        from_hf(values_hf(n_words), name="planted-values"),
+        _prompts("planted_values", rows, roles, answer, wrong),
+        [(2, 1)],
+        edges,
+        [(0, 2)],
+        heads,
+    )
+
 # %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-019
 PLANTED = {
     "induction": _plant_induction,
     "inhibition": _plant_inhibition,
     "rotary": _plant_rotary,
     "grouped": _plant_grouped,
+    "values": _plant_values,
 }
 
 # %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-020
 @checked
 def planted(
-    name: str,  # induction, inhibition, rotary or grouped
+    name: str,  # induction, inhibition, rotary, grouped or values
     n_prompts: int = 16,
     seed: int = 0,  # of the prompts; the weights are always the same
 ) -> Planted:

@@ -18,6 +18,7 @@ EDGE_COLUMNS = (
     "head",
     "q_pos",
     "k_pos",
+    "kind",
     "token",
     "position",
     "upstream",
@@ -51,6 +52,7 @@ GRAPH_COLUMNS = (
     "k_role",
 )
 TOKENS = ("destination", "source")
+KINDS = ("query", "key", "value")  # of reading; the first at the destination, the others at the source
 
 
 def check_edges(edges: pd.DataFrame, columns=GRAPH_COLUMNS) -> pd.DataFrame:

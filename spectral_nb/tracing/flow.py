@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.arguments import checked
-from ..base.checks import parse_heads
+from ..base.checks import check_float, parse_heads
 from .edge_tables import check_edges
 
 # %% ../../nbs/tracing/flow.ipynb #flow-004
@@ -25,6 +25,7 @@ class Flow:
     firings: pd.DataFrame  # prompt, layer, head, q_pos, k_pos, attention, importance, kept
     heads: pd.DataFrame  # layer, head, effect: importance over the number of prompts, largest first
     unfired: float  # flow into heads that do not fire at the token
+    ends: pd.Series  # where all flow ends: embeddings, biases, MLPs, heads that do not fire, not followed
 
 # %% ../../nbs/tracing/flow.ipynb #flow-005
 _FIRING = ["prompt", "layer", "head", "q_pos", "k_pos"]
@@ -54,8 +55,28 @@ def _shared(into: pd.DataFrame, firings: pd.DataFrame) -> pd.DataFrame:
     total = there.groupby(["prompt", "layer", "head", "q_pos"])["attention"].transform("sum")
     return there.assign(flow=there["flow"] * there["attention"] / total)
 
+# %% ../../nbs/tracing/flow.ipynb #flow-0055
+def _parts(edges: pd.DataFrame, roots: Any, value_part: float) -> np.ndarray:
+    "The part of a firing's importance that goes to the side of each edge."
+    value = (edges["kind"] == "value").to_numpy() if "kind" in edges else np.zeros(len(edges), bool)
+    traced = value.any() or "n_value_slices" in getattr(roots, "columns", ())
+    rest = (1 - check_float("value_part", value_part, 0, 1)) / 2 if traced else 0.5
+    return np.where(value, value_part, rest)
+
+
+_ENDS = ("embeddings", "biases", "MLPs", "heads that do not fire", "not followed")
+
+
+def _ended(edges: pd.DataFrame, flow: np.ndarray, unfired: float, kept: float) -> pd.Series:
+    "Where the flow ends."
+    names = edges["upstream"].astype(str)
+    embedded, biased, mlp = names.isin(["embed", "pos_embed"]), names.str.endswith("bias"), names.str.endswith("mlp")
+    return pd.Series([*(flow[kind].sum() for kind in (embedded, biased, mlp)), unfired, kept], index=_ENDS)
+
 # %% ../../nbs/tracing/flow.ipynb #flow-006
-def _swept(edges: pd.DataFrame, firings: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+def _swept(
+    edges: pd.DataFrame, firings: pd.DataFrame, part: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     "(flow of every edge; importance and kept part of every firing; flow into heads that do not fire)."
     number = edges[_FIRING].merge(firings[_FIRING].reset_index(names="firing"), on=_FIRING, how="left")["firing"]
     if number.isna().any():
@@ -70,28 +91,29 @@ def _swept(edges: pd.DataFrame, firings: pd.DataFrame) -> tuple[np.ndarray, np.n
     )
     for layer in sorted(set(layers), reverse=True):
         at = np.flatnonzero(layers == layer)
-        flow[at] = 0.5 * share[at] * importance[of[at]]
+        flow[at] = part[at] * share[at] * importance[of[at]]
         np.add.at(passed, of[at], flow[at])
         into = nodes.iloc[at].assign(flow=flow[at]).groupby(["prompt", "layer", "head", "q_pos"], as_index=False).sum()
         given = _shared(into, firings)
         np.add.at(importance, given["firing"].to_numpy(int), given["flow"].to_numpy(float))
-        unfired += into["flow"].sum() - given["flow"].sum()
+        unfired += into.loc[into["head"] >= 0, "flow"].sum() - given["flow"].sum()
     return flow, importance, importance - passed, float(unfired)
 
 # %% ../../nbs/tracing/flow.ipynb #flow-007
 @checked
-def trace_flow(edges: pd.DataFrame, roots: Any) -> Flow:
+def trace_flow(edges: pd.DataFrame, roots: Any, value_part: float = 1 / 3) -> Flow:
     """Importance of every edge, firing and head of a trace, from the roots down.
 
     `edges` of `trace`. `roots`: the firings of `trace_tables` (roots have 1, or their column `weight`), or heads,
-    whose firings at `end` have 1; then firings without edges count as heads that do not fire. ValueError for tables
-    that lack columns or do not belong together, and where no firing is a root."""
-    edges = check_edges(edges, _READS).reset_index(drop=True)
+    whose firings at `end` have 1; then firings without edges count as heads that do not fire. `value_part` of a
+    firing's importance goes to its value where values were traced. ValueError for tables that lack columns or do not
+    belong together, and where no firing is a root."""
+    edges = check_edges(edges, (*_READS, "upstream")).reset_index(drop=True)
     firings = _start(edges, roots)
     if not (firings["importance"] != 0).any():
         raise ValueError("roots: no firing of the trace is one; name its roots, or give the firings of trace_tables")
     start = firings["importance"].to_numpy(float)
-    flow, importance, kept, unfired = _swept(edges, firings)
+    flow, importance, kept, unfired = _swept(edges, firings, _parts(edges, roots, value_part))
     columns = ["prompt", "layer", "head", "effect"]
     into = edges[["prompt", "upstream_layer", "upstream_head"]].assign(effect=flow).set_axis(columns, axis=1)
     first = firings[columns[:3]].assign(effect=start)
@@ -99,4 +121,5 @@ def trace_flow(edges: pd.DataFrame, roots: Any) -> Flow:
     heads = both.groupby(["layer", "head"], as_index=False)["effect"].sum()
     heads["effect"] /= firings["prompt"].nunique()
     heads = heads.sort_values("effect", ascending=False, ignore_index=True)
-    return Flow(edges.assign(flow=flow), firings.assign(importance=importance, kept=kept), heads, unfired)
+    ends = _ended(edges, flow, unfired, float(kept.sum()))
+    return Flow(edges.assign(flow=flow), firings.assign(importance=importance, kept=kept), heads, unfired, ends)

@@ -6,12 +6,36 @@
 __all__ = ['TraceOptions']
 
 # %% ../../nbs/tracing/options.ipynb #options-002
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..attention.selection import select_slices
 from ..base.checks import check_float, check_in, check_int
+
+# %% ../../nbs/tracing/options.ipynb #options-0035
+TARGETS = ("logit_diff", "answer")
+
+
+def check_target(target: Any) -> Any:
+    """`target` if roots can be judged by it, else ValueError or TypeError.
+
+    "logit_diff": answer against rival. "answer", "top_p:0.9" or whole numbers [n] or [prompt, n]: log-odds of the
+    probability of the answer, of the likeliest tokens that make up that share, of those tokens. Real numbers [d_model]
+    or [prompt, d_model]: a direction after the final norm, as a column of W_U is one."""
+    if isinstance(target, str):
+        name, _, share = target.partition(":")
+        try:
+            known = target in TARGETS or (name == "top_p" and 0 < float(share) < 1)
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(f"target is {target!r}; allowed are {', '.join(TARGETS)}, 'top_p:<share>' and tensors")
+        return target
+    if getattr(target, "ndim", None) not in (1, 2) or not len(target):
+        raise TypeError(f"target must be a name or a tensor of one or two axes, got {target!r}")
+    return target
 
 # %% ../../nbs/tracing/options.ipynb #options-004
 @dataclass(frozen=True)
@@ -26,11 +50,16 @@ class TraceOptions:
     q_role: str = "end"  # destination of the root firings
     k_role: str = ""  # their source; "": wherever they attend
     batch_size: int = 64  # prompts at once; fewer where their head outputs would exceed 256 MiB
+    values: bool = False  # follow what is moved (W_OV) as well as what decides where to look
+    target: Any = field(default="logit_diff", compare=False)  # what the roots move: see `check_target`
+    value_part: float = 1 / 3  # of a firing's importance that goes to its value; the rest to query and key alike
 
     def __post_init__(self):
         check_float("threshold", self.threshold, 0.0, 1.0)
         check_float("share", self.share, 0.0, 1.0)
         check_in("components", self.components, ("heads", "all"))
         check_int("batch_size", self.batch_size, 1)
+        check_float("value_part", self.value_part, 0.0, 1.0)
+        check_target(self.target)
         if self.rule != "all":
             select_slices(torch.ones(1, 1), self.rule)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..base.arguments import checked
@@ -23,50 +23,13 @@ from ..base.checks import head_name, parse_heads
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
 from ..models.records import model_info
-from .edge_tables import EDGE_COLUMNS, TOKENS, role_places
+from .descent import Descent, among_firings, arrived, send
+from .edge_tables import EDGE_COLUMNS, KINDS, TOKENS, role_places
+from .layer_edges import Read, layer_edges, read_by
 from .options import TraceOptions
-from .reading import reading_vectors
-from .roots import find_roots, root_firings
-from spectral_nb.tracing.upstream import (
-    Upstream,
-    all_outputs,
-    contributions,
-    head_outputs,
-    significant,
-    upstream_labels,
-)
-
-# %% ../../nbs/tracing/recursion.ipynb #recursion-005
-_FLOOR = 1e-5  # of the signal: contributions below are rounding
-
-
-def _layer_edges(
-    model, acts: Activations, pairs: Pairs, upstream: Upstream, options: TraceOptions
-) -> tuple[dict[str, Tensor], Tensor]:
-    "Significant components of the firings `pairs` of one layer, as columns, and the firings' numbers of slices."
-    read = reading_vectors(model, acts, pairs, options.rule)
-    n, width = upstream.before(int(pairs.layer[0])), acts.x.shape[2]
-    if not n:
-        return {}, read.n_slices
-    positions = torch.stack([pairs.q_pos, pairs.k_pos])
-    token = (pairs.prompt * width + positions).flatten()
-    c = contributions(upstream.outputs[:n], token, read.vectors.flatten(0, 1))
-    if options.homogeneous:
-        c = c + read.bias.flatten()[:, None]
-    floor = _FLOOR * read.signal.flatten().abs()
-    c = torch.where(c.abs() > floor[:, None], c, 0.0)
-    row, component = (significant(c, options.share, floor) & (c > 0)).nonzero().unbind(1)
-    side, pair = row // len(pairs), row % len(pairs)
-    value = c[row, component]
-    return dict(
-        pair=pair,
-        side=side,
-        position=positions.flatten()[row],
-        component=component,
-        contribution=value,
-        share=value / c.sum(-1)[row],
-        n_slices=read.n_slices[pair],
-    ), read.n_slices
+from .roots import find_roots, root_firings, root_weights
+from .targets import end_directions, part_target
+from .upstream import Upstream, all_outputs, head_outputs, upstream_labels
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-006
 @dataclass(frozen=True)
@@ -77,6 +40,8 @@ class _Part:
     pairs: Pairs  # all firings
     chosen: Bool[Tensor, " firing"]  # those that the trace starts from
     upstream: Upstream
+    weight: Float[Tensor, " firing"] | None = None  # of roots, 0 elsewhere, where values are traced
+    direction: Float[Tensor, "root d_model"] | None = None  # of the roots alone
 
 
 def _prepared(model, part, roots, options: TraceOptions, room: Tensor) -> _Part:
@@ -85,36 +50,91 @@ def _prepared(model, part, roots, options: TraceOptions, room: Tensor) -> _Part:
     acts = capture(model, part, layers=list(range(top + 1)), logits=False)
     upstream = head_outputs(model, acts, top, room) if options.components == "heads" else all_outputs(model, part, top)
     pairs = firings(acts, part, options.threshold)
-    return _Part(acts, pairs, root_firings(acts, pairs, part, roots, options), upstream)
+    chosen = root_firings(acts, pairs, part, roots, options)
+    if not options.values:
+        return _Part(acts, pairs, chosen, upstream)
+    directions = end_directions(model, part, options.target, options.q_role)
+    own, direction = root_weights(model, acts, pairs[chosen], directions)
+    weight = torch.zeros(len(pairs), dtype=torch.float64).masked_scatter(chosen, own)
+    return _Part(acts, pairs, chosen, upstream, weight, direction)
+
+
+@dataclass
+class _Sweep:
+    "State of a sweep from the top layer down."
+
+    got: _Part
+    wanted: Bool[Tensor, "layer prompt head pos"]
+    descent: Descent
+
+
+def _of_values(model, sweep: _Sweep, layer: int, here: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    "(importance, direction) of the firings `here` of a layer, roots' own included."
+    got, pairs = sweep.got, sweep.got.pairs[here]
+    importance, direction = arrived(sweep.descent, layer, pairs, got.acts.x.shape[-1])
+    rooted = here & got.chosen
+    if rooted.any():
+        mine = got.direction[rooted[got.chosen]].to(direction)
+        direction = direction.index_add(0, got.chosen[here].nonzero().squeeze(1), mine)
+    return among_firings(pairs, importance, attention) + got.weight[here], direction
+
+
+def _send_edges(sweep: _Sweep, edges: dict, read: Read, importance: Tensor | None, options: TraceOptions) -> None:
+    "Mark the heads that edges lead to, and give them their flow."
+    up = sweep.got.upstream
+    layer_of, head_of = (torch.as_tensor(v).long() for v in (up.layer, up.head))
+    follow = (head_of[edges["component"]] >= 0).nonzero().squeeze(1)
+    component = edges["component"][follow]
+    at = edges["prompt"][follow], layer_of[component], head_of[component], edges["position"][follow]
+    sweep.wanted[at[1], at[0], at[2], at[3]] = True
+    if importance is None:
+        return
+    v = options.value_part
+    part = torch.tensor([(1 - v) / 2, (1 - v) / 2, v], dtype=torch.float64)[edges["side"]]
+    flow = part * edges["share"].double() * importance[edges["pair"]]
+    how = edges["row"][follow], read.vectors.flatten(0, 1), flow[follow], edges["contribution"][follow]
+    send(sweep.descent, at, *how)
+
+# %% ../../nbs/tracing/recursion.ipynb #recursion-0065
+def _layer_step(
+    model, sweep: _Sweep, layer: int, here: Tensor, options: TraceOptions
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    "Columns of the edges and of the firings `here` of one layer."
+    acts, p = sweep.got.acts, sweep.got.pairs[here]
+    attention = acts.pattern[acts.index(layer), p.prompt, p.head, p.q_pos, p.k_pos]
+    firing = dict(prompt=p.prompt, layer=p.layer, head=p.head, q_pos=p.q_pos, k_pos=p.k_pos, attention=attention)
+    importance, direction = _of_values(model, sweep, layer, here, attention) if options.values else (None, None)
+    read = read_by(model, acts, p, direction, options)
+    visited = {**firing, "n_slices": read.n_slices[0], "root": sweep.got.chosen[here]}
+    if options.values:
+        visited |= dict(n_value_slices=read.n_slices[2], weight=sweep.got.weight[here], importance=importance)
+    edges = layer_edges(read, p, sweep.got.upstream, acts.x.shape[2], options)
+    if edges:
+        edges |= {k: v[edges["pair"]] for k, v in firing.items()}
+        _send_edges(sweep, edges, read, importance, options)
+    return {k: v for k, v in edges.items() if k not in ("pair", "row")}, visited
 
 
 def _trace_part(model, part, roots, options: TraceOptions, room: Tensor) -> tuple[list[dict], list[dict]]:
     "Edges and firings of one batch of prompts, a dictionary of columns a layer, from the top layer down."
-    got, spec = _prepared(model, part, roots, options, room), ArchSpec.from_model(model)
-    acts, pairs, device, top = got.acts, got.pairs, got.pairs.head.device, got.acts.layers[-1]
-    wanted = torch.zeros(top + 1, len(part), spec.n_heads, acts.x.shape[2], dtype=torch.bool, device=device)
-    layer_of, head_of = (torch.as_tensor(v, device=device).long() for v in (got.upstream.layer, got.upstream.head))
+    got, n_heads = _prepared(model, part, roots, options, room), ArchSpec.from_model(model).n_heads
+    shape = (got.acts.layers[-1] + 1, len(part), n_heads, got.acts.x.shape[2])
+    sweep = _Sweep(got, torch.zeros(shape, dtype=torch.bool, device=got.pairs.head.device), Descent.start(*shape))
     edges, visited = [], []
-    for layer in range(top, -1, -1):
-        here = (pairs.layer == layer) & (got.chosen | wanted[pairs.layer, pairs.prompt, pairs.head, pairs.q_pos])
+    for layer in range(shape[0] - 1, -1, -1):
+        p = got.pairs
+        here = (p.layer == layer) & (got.chosen | sweep.wanted[p.layer, p.prompt, p.head, p.q_pos])
         if not here.any():
             continue
-        p = pairs[here]
-        found, n_slices = _layer_edges(model, acts, p, got.upstream, options)
-        attention = acts.pattern[acts.index(layer), p.prompt, p.head, p.q_pos, p.k_pos]
-        firing = dict(prompt=p.prompt, layer=p.layer, head=p.head, q_pos=p.q_pos, k_pos=p.k_pos, attention=attention)
-        visited.append({**firing, "n_slices": n_slices, "root": got.chosen[here]})
-        if not found:
-            continue
-        pair = found.pop("pair")
-        edges.append({**{k: v[pair] for k, v in firing.items()}, **found})
-        follow = head_of[found["component"]] >= 0
-        component = found["component"][follow]
-        wanted[layer_of[component], edges[-1]["prompt"][follow], head_of[component], found["position"][follow]] = True
+        found, firing = _layer_step(model, sweep, layer, here, options)
+        visited.append(firing)
+        if found:
+            edges.append(found)
     return edges, visited
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-008
-_INTEGERS = ("prompt", "layer", "head", "q_pos", "k_pos", "position", "upstream_layer", "upstream_head", "n_slices")
+_INTEGERS = ("prompt", "layer", "head", "q_pos", "k_pos", "position", "upstream_layer", "upstream_head")
+_INTEGERS = (*_INTEGERS, "n_slices", "n_value_slices")
 
 
 def _table(columns: list[dict[str, Tensor]], places: Int[Tensor, "part"]) -> pd.DataFrame:
@@ -138,7 +158,9 @@ def _label(table: pd.DataFrame, model, batch, upstream: Upstream) -> pd.DataFram
     info, (role_at, roles) = model_info(model), role_places(batch)
     out = pd.DataFrame({c: table[c] for c in table if c in EDGE_COLUMNS})
     component = table["component"].to_numpy(dtype=np.int64)
-    out["token"] = pd.Categorical.from_codes(table["side"].astype(np.int8), TOKENS)
+    side = table["side"].to_numpy(np.int8)
+    out["kind"] = pd.Categorical.from_codes(side, KINDS)
+    out["token"] = pd.Categorical.from_codes(side.clip(max=1), TOKENS)
     out["upstream"] = pd.Categorical.from_codes(component, upstream.labels)
     out["upstream_layer"], out["upstream_head"] = upstream.layer[component], upstream.head[component]
     for name, position in (("role", "position"), ("q_role", "q_pos"), ("k_role", "k_pos")):
@@ -196,14 +218,16 @@ def trace_tables(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(edges, firings): what `trace` returns, and every firing that it visited.
 
-    Firings have columns prompt, layer, head, q_pos, k_pos, attention, n_slices and root."""
+    Firings have columns prompt, layer, head, q_pos, k_pos, attention, n_slices and root; with `values=True` also
+    n_value_slices, weight (of roots: their direct effect on the target) and importance."""
     options = replace(options, **changes)
     roots = _root_heads(model, batch, roots, options)
     spec, top = ArchSpec.from_model(model), max(layer for layer, _ in roots)
     (size, room), tables = _room(model, batch, top, options), ([], [])
     for places, part in progress(list(batch.by_length(size)), desc="trace"):
         with torch.inference_mode():
-            for table, columns in zip(tables, _trace_part(model, part, roots, options, room)):
+            mine = replace(options, target=part_target(options.target, places))
+            for table, columns in zip(tables, _trace_part(model, part, roots, mine, room)):
                 if columns:
                     table.append(_table(columns, places))
     firing = _joined(tables[1], ("prompt", "layer", "head", "q_pos", "k_pos", "root"))
@@ -220,6 +244,7 @@ def trace(
 ) -> pd.DataFrame:
     """Edges of the singular vector trace of `batch`, one row for each firing and significant upstream component.
 
-    Columns are `EDGE_COLUMNS`. `roots`: heads to start from (names or pairs), or None for `find_roots`. `changes` are
-    fields of `TraceOptions`. ValueError for a root that does not exist or never fires, and a role the task lacks."""
+    Columns are `EDGE_COLUMNS`; `kind` is query, key or (with `values=True`) value. `roots`: heads to start from, names
+    or pairs, or None for `find_roots`. `changes` are fields of `TraceOptions`. ValueError for a root that does not
+    exist or never fires, and for a role that the task lacks."""
     return trace_tables(model, batch, roots, options, **changes)[0]

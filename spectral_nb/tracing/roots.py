@@ -6,22 +6,25 @@
 __all__ = ['logit_attribution', 'find_roots']
 
 # %% ../../nbs/tracing/roots.ipynb #roots-002
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..base.arguments import checked
-from ..attention.activations import Activations, capture, run_to
+from ..attention.activations import Activations, capture
 from ..attention.pairs import Pairs, firings
 from ..base.checks import check_int, head_name
 from ..base.intervals import bootstrap_ci
 from ..models.architectures import ArchSpec
 from ..models.heads import head_weights
 from .options import TraceOptions
+from .targets import end_directions, part_target
 
 # %% ../../nbs/tracing/roots.ipynb #roots-004
 def root_firings(acts: Activations, pairs: Pairs, part: Any, roots, options: TraceOptions) -> Bool[Tensor, "n"]:
@@ -34,44 +37,67 @@ def root_firings(acts: Activations, pairs: Pairs, part: Any, roots, options: Tra
     return keep
 
 # %% ../../nbs/tracing/roots.ipynb #roots-005
-def end_direction(model: Any, part: Any, final_scale: Float[Tensor, " batch"]) -> Float[Tensor, "batch d_model"]:
-    "Direction at `end` along which the stream moves the logit difference, through the final norm at its given scale."
-    spec, W_U = ArchSpec.from_model(model), model.W_U.float()
-    direction = (W_U[:, part.answer] - W_U[:, part.wrong]).T
-    gain = dict(model.ln_final.named_parameters()).get("_original_component.weight")
-    direction = direction if gain is None else direction * gain.detach().float()
-    if "layernorm" in spec.norm:
-        direction = direction - direction.mean(-1, keepdim=True)
-    return direction / final_scale[:, None]
-
-
 def _part_attribution(model: Any, part: Any, options: TraceOptions) -> tuple[Tensor, Tensor]:
     "(direct effect, whether it fires) of every prompt, layer and head."
     spec, acts = ArchSpec.from_model(model), capture(model, part, logits=False)
-    scale = run_to(model, part.tokens, ["ln_final.hook_scale"])["ln_final.hook_scale"].float()
-    rows, end = torch.arange(len(part), device=acts.x.device), part.at("end").to(acts.x.device)
-    direction = end_direction(model, part, scale[rows, end, 0])
+    rows, end = torch.arange(len(part), device=acts.x.device), part.at(options.q_role).to(acts.x.device)
+    direction = end_directions(model, part, options.target, options.q_role)
     W_O = torch.stack([head_weights(model, layer).W_O for layer in range(spec.n_layers)])  # [layer head d_head d_model]
     effect = torch.einsum("lbhd,lhdm,bm->blh", acts.z[:, rows, end], W_O, direction)
-    p, every = (
-        firings(acts, part, options.threshold),
-        [(a, h) for a in range(spec.n_layers) for h in range(spec.n_heads)],
-    )
+    every = [(a, h) for a in range(spec.n_layers) for h in range(spec.n_heads)]
+    p = firings(acts, part, options.threshold)
     p = p[root_firings(acts, p, part, every, options)]
     fired = torch.zeros(len(part), spec.n_layers, spec.n_heads)
     fired[p.prompt.cpu(), p.layer.cpu(), p.head.cpu()] = 1.0
     return effect.cpu(), fired
 
+
+def _parts(batch: Any, options: TraceOptions) -> Iterable[tuple[Any, TraceOptions]]:
+    "Batches of prompts, each with its own rows of the target."
+    places = torch.arange(len(batch)).split(options.batch_size)
+    for at, part in zip(places, batch.batches(options.batch_size)):
+        yield part, replace(options, target=part_target(options.target, at))
+
+# %% ../../nbs/tracing/roots.ipynb #roots-0055
+def root_weights(
+    model: Any, acts: Activations, pairs: Pairs, directions: Float[Tensor, "prompt d_model"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d_model"]]:
+    """(weight, direction along which the head's output is that weight) of root firings.
+
+    The head's direct effect on the prompt, shared by attention among its firings at that token; 0 where negative."""
+    at, layers = acts.pattern, sorted(set(pairs.layer.tolist()))
+    weight = acts.x.new_zeros(len(pairs), dtype=torch.float64)
+    for layer in layers:
+        mine, W_O, i = (pairs.layer == layer).nonzero().squeeze(1), head_weights(model, layer).W_O, acts.index(layer)
+        p = pairs[mine]
+        z = acts.z[i, p.prompt, p.q_pos, p.head]
+        written = torch.einsum("nd,ndm,nm->n", z, W_O.to(z)[p.head], directions[p.prompt].to(z))
+        weight[mine] = written.double().clamp_min(0.0)
+    attention = at[_places(acts, pairs), pairs.prompt, pairs.head, pairs.q_pos, pairs.k_pos].double()
+    weight = weight * attention / total_at_nodes(pairs, attention)
+    return weight, directions[pairs.prompt] * (weight > 0)[:, None]
+
+
+def _places(acts: Activations, pairs: Pairs) -> Int[Tensor, "n"]:
+    "The pairs' layers on the first axis of `acts`."
+    return torch.tensor([acts.index(layer) for layer in pairs.layer.tolist()], dtype=torch.long)
+
+
+def total_at_nodes(pairs: Pairs, values: Tensor) -> Tensor:
+    "For every pair, the sum over all pairs of the same prompt, head and destination."
+    nodes = torch.stack([pairs.prompt, pairs.layer, pairs.head, pairs.q_pos], 1)
+    _, which = nodes.unique(dim=0, return_inverse=True)
+    return values.new_zeros(len(values)).index_add(0, which, values)[which]
+
 # %% ../../nbs/tracing/roots.ipynb #roots-006
 @checked
 @torch.inference_mode()
 def logit_attribution(model: Any, batch: Any, options: TraceOptions = TraceOptions()) -> pd.DataFrame:
-    """Every head's direct effect on the logit difference at `end`, and how often it fires there; largest first.
+    """Every head's direct effect on the target at the roots' token, and how often it fires there; largest first.
 
-    Columns layer, head, name, effect (mean over prompts, in logits), fires (share of prompts), ci_low, ci_high."""
-    if batch.answer is None or batch.wrong is None:
-        raise ValueError(f"roots: task {batch.task!r} has no answer and wrong token; name the roots")
-    parts = [_part_attribution(model, part, options) for part in batch.batches(options.batch_size)]
+    Columns layer, head, name, effect (mean over prompts, in logits or units of `options.target`), fires (share of
+    prompts), ci_low, ci_high."""
+    parts = [_part_attribution(model, part, mine) for part, mine in _parts(batch, options)]
     effect, fire = torch.cat([e for e, _ in parts]).double().numpy(), torch.cat([f for _, f in parts]).mean(0)
     table = [
         dict(layer=ly, head=h, name=head_name(ly, h), effect=effect[:, ly, h].mean(), fires=float(fire[ly, h]))
