@@ -72,12 +72,16 @@ def test_workers_may_read_a_notebook_at_the_same_time():
 import gc, json, sys
 from concurrent.futures import ThreadPoolExecutor
 from spectral_nb.base.sources import _imports
-cells = ["".join(c["source"]) for c in json.load(open(sys.argv[1]))["cells"] if c["cell_type"] == "code"]
+from spectral_nb.sweeps.notebook import parameters_cell, read_notebook
+notebook = read_notebook(sys.argv[1])
+cells = [c["source"] for c in notebook["cells"] if c["cell_type"] == "code"]
 sys.setswitchinterval(1e-6)
 gc.callbacks.append(lambda *_: sum(range(50)))
 gc.set_threshold(50, 2, 2)
 read = lambda _: str([_imports.__wrapped__(c) for c in cells])
-with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(read, range(40)))))
+parameters = lambda _: str([parameters_cell(notebook) for _ in range(10)])
+with ThreadPoolExecutor(8) as pool:
+    print(len(set(pool.map(read, range(40)))), len(set(pool.map(parameters, range(40)))))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(repo_root() / "nbs" / "12_svt.ipynb")],
@@ -85,7 +89,7 @@ with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(read, range(40)))))
         text=True,
         timeout=300,
     )
-    assert done.stdout == "1\n", done.stderr[-1000:]
+    assert done.stdout == "1 1\n", done.stderr[-1000:]
 
 
 def test_failures_limits_and_retry(toy, tmp_path):

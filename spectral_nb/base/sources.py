@@ -18,22 +18,23 @@ from pathlib import Path
 _PARSING = threading.Lock()
 
 
-def _parse(source: str) -> ast.Module:
+def parse(source: str, mode: str = "exec") -> ast.AST:
+    "`ast.parse`, in one thread at a time."
     with _PARSING:
-        return ast.parse(source)
+        return ast.parse(source, mode=mode)
 
 
 def _python(source: str) -> str:
     "A cell as plain Python: its magics are calls; what is no Python at all is as empty."
     try:
-        _parse(source)
+        parse(source)
         return source
     except (SyntaxError, ValueError):
         from IPython.core.inputtransformer2 import TransformerManager
 
         try:
             source = TransformerManager().transform_cell(source)
-            _parse(source)
+            parse(source)
             return source
         except (SyntaxError, ValueError):
             return ""
@@ -43,7 +44,7 @@ def _python(source: str) -> str:
 def plain_source(source: str) -> str:
     "Python source without comments and formatting; as it is where it does not parse."
     try:
-        return ast.unparse(_parse(_python(source) or source))
+        return ast.unparse(parse(_python(source) or source))
     except (SyntaxError, ValueError):
         return source
 
@@ -77,7 +78,7 @@ def _home(node: ast.ImportFrom, here: str) -> str | None:
 def _imports(source: str, here: str = "") -> tuple[tuple[str, str], ...]:
     "(module inside the package, name or '') of every import of this package."
     found = []
-    for node in ast.walk(_parse(_python(source))):
+    for node in ast.walk(parse(_python(source))):
         if isinstance(node, ast.ImportFrom) and (home := _home(node, here)) is not None:
             found += [(home, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
@@ -89,7 +90,7 @@ def _imports(source: str, here: str = "") -> tuple[tuple[str, str], ...]:
 @lru_cache(256)
 def _lazy_names(source: str) -> dict[str, list[str]]:
     "What a package's `__init__` fetches at first use: {module: names}."
-    for node in ast.walk(_parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
             return ast.literal_eval(node.value)
     return {}
@@ -120,7 +121,7 @@ def imported_modules(source: str, here: str = "", known: dict[str, Path] | None 
 def _first_names(source: str) -> frozenset[str]:
     "First parts of all names that a source imports absolutely."
     found = set()
-    for node in ast.walk(_parse(_python(source))):
+    for node in ast.walk(parse(_python(source))):
         if isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module.partition(".")[0])
         elif isinstance(node, ast.Import):

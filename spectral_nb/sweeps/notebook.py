@@ -15,6 +15,7 @@ from typing import Any
 
 from ..base.checks import unknown_name_error
 from ..base.paths import repo_root
+from ..base.sources import parse
 
 # %% ../../nbs/sweeps/notebook.ipynb #notebook-004
 def find_notebook(name: str | Path, near: Path | None = None) -> Path:
@@ -89,7 +90,7 @@ def parameters_cell(nb: dict) -> tuple[dict[str, Parameter], str]:
         raise ValueError(f"it has {len(cells)} cells tagged 'parameters'; it must have exactly one")
     lines = [line for line in cells[0]["source"].splitlines() if not line.startswith(("%", "!"))]
     try:
-        nodes = ast.parse("\n".join(lines)).body
+        nodes = parse("\n".join(lines)).body
     except SyntaxError as e:
         raise ValueError(f"its parameters cell is not Python: {e}") from e
     found = [(node, _parameter(node)) for node in nodes]
@@ -155,7 +156,7 @@ def value_problem(parameter: Parameter, value: Any) -> str | None:
         return f"{parameter.name}: {problem}"
     if not parameter.kind:
         return None
-    kind, value = ast.parse(parameter.kind, mode="eval").body, json.loads(json.dumps(value))
+    kind, value = parse(parameter.kind, "eval").body, json.loads(json.dumps(value))
     if _matches(value, kind):
         return None
     if allowed := _allowed(kind):
