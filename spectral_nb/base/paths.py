@@ -7,7 +7,8 @@ __all__ = ['repo_root', 'data_dir', 'zoo_dir', 'runs_dir']
 
 # %% ../../nbs/base/paths.ipynb #paths-002
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 
 # %% ../../nbs/base/paths.ipynb #00-005
 def repo_root() -> Path:
@@ -42,3 +43,13 @@ def reference_dir() -> Path | None:
     "Folder of reference data beside the checkout (`SPECTRAL_NB_REFERENCE` overrides it), or None where it is absent."
     folder = Path(os.environ.get("SPECTRAL_NB_REFERENCE") or repo_root().parent / "shared" / "reference")
     return folder.resolve() if folder.is_dir() else None
+
+
+def inside(folder: Path, name: str, what: str) -> Path:
+    "`folder / name`, refused if it is absolute or leaves the folder."
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{what}={name!r} is not the name of a file or folder")
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or re.match(r"^[A-Za-z]:", name):
+        raise ValueError(f"{what}={name!r} leaves the model's folder: allowed is a name inside it")
+    return folder / name

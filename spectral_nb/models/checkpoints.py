@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.checks import unknown_name_error
-from ..base.paths import zoo_dir
+from ..base.paths import inside, zoo_dir
 from ..base.runs import stable_hash
 from .architectures import ArchSpec, refuse_unsupported
 from .gguf_files import file_sha256, gguf_folder, gguf_in
@@ -25,7 +25,6 @@ from spectral_nb.models.revisions import (
     unknown_model_error,
     zoo_manifest,
 )
-from .weight_storage import inside
 
 # %% ../../nbs/models/checkpoints.ipynb #checkpoints-004
 @dataclass(frozen=True)

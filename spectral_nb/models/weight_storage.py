@@ -8,26 +8,17 @@ __all__ = ['weight_files']
 # %% ../../nbs/models/weight_storage.ipynb #weight_storage-002
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..base.files import read_json
+from ..base.paths import inside
 
 # %% ../../nbs/models/weight_storage.ipynb #weight_storage-005
 BUFFERS = re.compile(r"(?:inv_freq|rotary_emb|masked_bias|\.attn\.bias|^attn\.bias|attention\.bias|position_ids)$")
 _NAMES = ("model.safetensors", "pytorch_model.bin")
-
-
-def inside(folder: Path, name: str, what: str) -> Path:
-    "`folder / name`, refused if it is absolute or leaves the folder."
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"{what}={name!r} is not the name of a file or folder")
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or re.match(r"^[A-Za-z]:", name):
-        raise ValueError(f"{what}={name!r} leaves the model's folder: allowed is a name inside it")
-    return folder / name
 
 
 def _tensor_names(path: Path) -> list[str]:
