@@ -1,4 +1,4 @@
-"A notebook of about a second that writes down when it starts and ends, and can misbehave on request."
+"A notebook that imports next to nothing, writes down when it starts and ends, and can misbehave on request."
 
 import os
 import subprocess
@@ -13,7 +13,6 @@ from spectral_nb.sweeps.records import read_record
 PARAMETERS = 'x: int = 1\nwait = 0.0\nmode = "ok"\nlog = ""\nout_dir = ""\n'
 START = """
 import os, signal, sys, time
-import pandas as pd
 def note(word):
     with open(log + ".txt", "a") as stream: stream.write(f"{word} {x} {os.getpid()} {time.time()}\\n")
 if log: note("start")
@@ -37,8 +36,9 @@ if mode == "shot": os.kill(os.getpid(), signal.SIGKILL)
 TABLE = """
 if mode != "no table":
     facts = {"square": x * x, "threads": int(os.environ.get("OMP_NUM_THREADS", 0))}
-    table = pd.DataFrame({"metric": list(facts), "value": list(facts.values())})
-    table.to_parquet(os.path.join(out_dir, "table.parquet"))
+    import pyarrow, pyarrow.parquet
+    table = pyarrow.table({"metric": list(facts), "value": list(facts.values())})
+    pyarrow.parquet.write_table(table, os.path.join(out_dir, "table.parquet"))
 if log: note("end")
 """
 

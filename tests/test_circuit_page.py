@@ -35,51 +35,54 @@ class Words:
         return " ".join(NASTY if i == 7 else f"w{i}" for i in ids)
 
 
+ROLES = {"name": 2, "verb": 5, "end": 9}
+SAME = dict(
+    q_pos=9, attention=0.8, q_role="end", model="made-up", revision="main", processing="folded", weights_hash="0"
+)
+
+
+def edge_row(rng, prompt: int, reader: tuple[int, int], upstream: tuple[int, int], role: str) -> dict:
+    "One row of a trace; its numbers are drawn."
+    source = role != "end"
+    return dict(
+        prompt=prompt,
+        layer=reader[0],
+        head=reader[1],
+        k_pos=ROLES[role] if source else 2,
+        token="source" if source else "destination",
+        position=ROLES[role],
+        upstream=f"L{upstream[0]}H{upstream[1]}",
+        upstream_layer=upstream[0],
+        upstream_head=upstream[1],
+        contribution=float(rng.uniform(0.1, 3)),
+        share=float(rng.uniform(0.05, 1)),
+        n_slices=int(rng.integers(1, 6)),
+        role=role,
+        k_role=role if source else "name",
+        **SAME,
+    )
+
+
 def made_up(
     n_edges: int, n_prompts: int = 6, n_layers: int = 8, n_heads: int = 8, seed: int = 0
 ) -> tuple[pd.DataFrame, PromptBatch]:
     "A trace with that many distinct edges, each in a random number of prompts, and its batch."
     rng = np.random.default_rng(seed)
-    roles, rows, seen = {"name": 2, "verb": 5, "end": 9}, [], set()
+    rows, seen = [], set()
     while len(seen) < n_edges:
         layer, head, up = int(rng.integers(1, n_layers)), int(rng.integers(n_heads)), int(rng.integers(n_heads))
-        up_layer, role = int(rng.integers(layer)), str(rng.choice(list(roles)))
+        up_layer, role = int(rng.integers(layer)), str(rng.choice(list(ROLES)))
         if (key := (layer, head, up_layer, up, role)) in seen:
             continue
         seen.add(key)
-        source = role != "end"
         for prompt in rng.permutation(n_prompts)[: int(rng.integers(1, n_prompts + 1))]:
-            rows.append(
-                dict(
-                    prompt=int(prompt),
-                    layer=layer,
-                    head=head,
-                    q_pos=9,
-                    k_pos=roles[role] if source else 2,
-                    token="source" if source else "destination",
-                    position=roles[role],
-                    upstream=f"L{up_layer}H{up}",
-                    upstream_layer=up_layer,
-                    upstream_head=up,
-                    contribution=float(rng.uniform(0.1, 3)),
-                    share=float(rng.uniform(0.05, 1)),
-                    n_slices=int(rng.integers(1, 6)),
-                    attention=0.8,
-                    role=role,
-                    q_role="end",
-                    k_role=role if source else "name",
-                    model="made-up",
-                    revision="main",
-                    processing="folded",
-                    weights_hash="0",
-                )
-            )
+            rows.append(edge_row(rng, int(prompt), (layer, head), (up_layer, up), role))
     tokens = torch.arange(12).repeat(n_prompts, 1)
     batch = PromptBatch(
         "demo",
         tokens,
         torch.ones_like(tokens, dtype=torch.bool),
-        {r: torch.full((n_prompts,), p) for r, p in roles.items()},
+        {r: torch.full((n_prompts,), p) for r, p in ROLES.items()},
         None,
         None,
         ["x"] * n_prompts,

@@ -1,5 +1,7 @@
 "Interventions on traced edges, against one forward pass for each edge and kind."
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -173,6 +175,25 @@ def test_batch_size_changes_nothing():
     assert np.abs(seeds[0] - seeds[1]).max() > 1e-4
 
 
+def several_changes(n_layers: int) -> Changes:
+    "Several changes in a run, at the ends, and none in run 4."
+    last = n_layers - 1
+    run, layer, head, position = (
+        torch.tensor(v)
+        for v in ([0, 1, 1, 2, 3, 5, 5], [0, 1, last, last, 1, 0, 1], [-1, -1, 2, 1, 0, -1, 3], [3, 2, 4, 5, 6, 0, 1])
+    )
+    return Changes(run, layer, head, position, torch.randn(7, 32))
+
+
+def noting_logits(seen: list, logits, part):
+    "A metric of all real logits, which are noted by prompt."
+    real = part.attention_mask.bool().to(logits.device)
+    seen.append(
+        {(tuple(t.tolist()), n): x[m] for n, (t, x, m) in enumerate(zip(part.tokens, logits, real, strict=True))}
+    )
+    return (logits.logsumexp(-1) * real).sum(-1).cpu().numpy()
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "olmo", "llama", "qwen3", "olmoe"])
 def test_computing_only_what_a_change_reaches_is_the_whole_pass(architecture):
     "Every logit, so that any metric is right, and the watched scores; several changes in a run, at the ends, and none."
@@ -181,22 +202,11 @@ def test_computing_only_what_a_change_reaches_is_the_whole_pass(architecture):
     names = [*(f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers)), f"blocks.{n_layers - 1}.hook_resid_post"]
     _, cache = model.run_with_cache(batch.tokens)
     streams = torch.stack([cache[name] for name in names])
-    run, layer, head = (
-        torch.tensor(v)
-        for v in ([0, 1, 1, 2, 3, 5, 5], [0, 1, n_layers - 1, n_layers - 1, 1, 0, 1], [-1, -1, 2, 1, 0, -1, 3])
-    )
-    changes = Changes(run, layer, head, torch.tensor([3, 2, 4, 5, 6, 0, 1]), torch.randn(7, 32))
+    changes = several_changes(n_layers)
     prompt = torch.tensor([0, 1, 2, 0, 1, 2])  # run 4 changes nothing
     watch = torch.tensor([[n_layers - 1, 0, 4, 2]] * 5 + [[1, 0, 0, 0]])
     seen, rows = [], []
-
-    def every_logit(logits, part):
-        real = part.attention_mask.bool().to(logits.device)
-        seen.append(
-            {(tuple(t.tolist()), n): x[m] for n, (t, x, m) in enumerate(zip(part.tokens, logits, real, strict=True))}
-        )
-        return (logits.logsumexp(-1) * real).sum(-1).cpu().numpy()
-
+    every_logit = partial(noting_logits, seen)
     counter = model.blocks[1].mlp.hook_in.register_forward_hook(
         lambda module, args, x: rows.append(x.shape[0] * x.shape[1])
     )

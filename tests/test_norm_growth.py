@@ -379,7 +379,7 @@ def test_stored_circuits_belong_to_their_weights(tmp_path):
             assert all(circuit.effects[h] > 0 for h in circuit.heads)
 
 
-def test_command_writes_every_head_and_refuses_with_2(tmp_path, capsys):
+def test_command_writes_every_head_and_refuses_with_2(tmp_path, capsys, monkeypatch):
     if "story-gpt2-s42" not in zoo_names():
         pytest.skip("story-gpt2-s42 is not shipped")
     out = tmp_path / "heads.parquet"
@@ -394,6 +394,10 @@ def test_command_writes_every_head_and_refuses_with_2(tmp_path, capsys):
         ]
     )
     np.testing.assert_allclose(table.W_OV, norms.ravel(), rtol=1e-4)
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["--model", "story-gpt2-s42", "--heads", "L1H0 L1H1"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["heads.parquet"], "only what was asked for is written"
+    assert capsys.readouterr().out == shown.removesuffix(f"\nheads: {out}\n")
     assert command.main(["--model", "story-gpt2-s42", "--heads", "L9H9"]) == 2
     assert "L9H9 does not exist" in capsys.readouterr().err
     assert command.main(["--model", "story-gpt2-s42", "--tasks", "iio"]) == 2

@@ -16,23 +16,34 @@ from spectral_nb.survey.targets import CLASSES, POSITION_CLASSES, class_weights,
 N_CTX, N_WORDS, D_HEAD = 48, 30, 64
 
 
-def planted_gpt2(gains=None):
-    """A GPT-2 whose heads are built by hand: the residual holds one-hots of token, position and previous token.
-
-    Layer 0: H0 previous token, H1 self, H2 first token, H3 local, H4 duplicate token, H5 nothing.
-    Layer 1: H0 induction."""
-    d, token, pos, prev = 6 * D_HEAD, 0, N_WORDS, N_WORDS + N_CTX
+def blank_gpt2(d: int):
+    "A GPT-2 of zeros, but for its norms' gains and for one-hots of token and position in the residual."
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=N_WORDS, n_positions=N_CTX, n_embd=d, n_layer=2, n_head=6, bos_token_id=0, eos_token_id=0)
     )
     for p in model.parameters():
         p.data.zero_()
     h = model.transformer
-    h.wte.weight.data[:, token : token + N_WORDS] = torch.eye(N_WORDS)
-    h.wpe.weight.data[:, pos : pos + N_CTX] = torch.eye(N_CTX)
-    for block in h.h:
-        block.ln_1.weight.data.fill_(1), block.ln_2.weight.data.fill_(1)
-    h.ln_f.weight.data.fill_(1)
+    h.wte.weight.data[:, :N_WORDS] = torch.eye(N_WORDS)
+    h.wpe.weight.data[:, N_WORDS : N_WORDS + N_CTX] = torch.eye(N_CTX)
+    for norm in (h.ln_f, *(n for block in h.h for n in (block.ln_1, block.ln_2))):
+        norm.weight.data.fill_(1)
+    return model
+
+
+def shift(k: int) -> torch.Tensor:
+    "Row p holds a one at p - k."
+    return torch.diag(torch.ones(N_CTX - k), -k)
+
+
+def planted_gpt2(gains=None):
+    """A GPT-2 whose heads are built by hand: the residual holds one-hots of token, position and previous token.
+
+    Layer 0: H0 previous token, H1 self, H2 first token, H3 local, H4 duplicate token, H5 nothing.
+    Layer 1: H0 induction."""
+    d, token, pos, prev = 6 * D_HEAD, 0, N_WORDS, N_WORDS + N_CTX
+    model = blank_gpt2(d)
+    h = model.transformer
 
     def plant(layer, head, query, key, value=None, out=None):
         gain = (gains or {}).get((layer, head), 2.0)
@@ -47,10 +58,6 @@ def planted_gpt2(gains=None):
         return full
 
     words, places = torch.eye(N_WORDS), torch.eye(N_CTX)
-
-    def shift(k):
-        return torch.diag(torch.ones(N_CTX - k), -k) if k else places  # row p holds a one at p - k
-
     first = torch.zeros(N_CTX, N_CTX)
     first[:, 0] = 1
     copy = torch.zeros(D_HEAD, d)

@@ -56,7 +56,7 @@ def test_report_command(tmp_path, capsys):
     file, out = tmp_path / "toy.yaml", tmp_path / "out"
     file.write_text("notebook: 90_toy\ngrid: {x: [1, 2]}\n")
     assert main(["report", str(file), "--out", str(out)]) == 2  # nothing has finished
-    assert main(["run", str(file), "--out", str(out), "--workers", "2", "--quiet"]) == 0
+    assert main(["run", str(file), "--out", str(out), "--executor", "serial", "--quiet"]) == 0
     assert main(["report", str(file), "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
     assert "2 done" in page and "example_sweep" not in page and "made-up" not in page
@@ -74,7 +74,7 @@ def test_a_formula_in_a_parameter_is_text(tmp_path):
     write_toy(tmp_path)
     file, out = tmp_path / "toy.yaml", tmp_path / "out"
     file.write_text("notebook: 90_toy\ngrid: {mode: ['$\\\\frac{$', '$x$']}\n")
-    assert main(["run", str(file), "--out", str(out), "--workers", "2", "--quiet"]) == 0
+    assert main(["run", str(file), "--out", str(out), "--executor", "serial", "--quiet"]) == 0
     sweep = read_sweep(out)
     for figure in (plot_cost(sweep), plot_sweep(sweep)):
         figure.canvas.draw()

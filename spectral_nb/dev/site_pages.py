@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
 import nbformat
@@ -64,14 +65,20 @@ def markdown_links(text: str) -> str:
     return re.sub(r"\(([\w./-]+)\.ipynb(#[^)\s]*)?\)", r"(\1.md\2)", text)
 
 
-def notebook_page(path: Path, name: str, docs: Path) -> str:
-    "Write one notebook as `docs/<name>.md` with its figures beside it; returns its title."
+@lru_cache
+def _exporter():
+    "One for all notebooks: it compiles its templates once."
     from nbconvert import MarkdownExporter
 
+    return MarkdownExporter()
+
+
+def notebook_page(path: Path, name: str, docs: Path) -> str:
+    "Write one notebook as `docs/<name>.md` with its figures beside it; returns its title."
     nb, page = nbformat.read(path, 4), docs / f"{name}.md"
     _for_readers(nb)
     resources = {"unique_key": page.stem, "output_files_dir": f"{page.stem}_files"}
-    body, resources = MarkdownExporter().from_notebook_node(nb, resources=resources)
+    body, resources = _exporter().from_notebook_node(nb, resources=resources)
     for file, content in (resources.get("outputs") or {}).items():
         (page.parent / file).parent.mkdir(parents=True, exist_ok=True)
         (page.parent / file).write_bytes(content)

@@ -7,11 +7,13 @@ __all__ = []
 
 # %% ../../nbs/dev/website.ipynb #26-002
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -25,7 +27,14 @@ from .site_pages import api_page, markdown_links, math_to_mathml, notebook_page
 # %% ../../nbs/dev/website.ipynb #26-011
 def _configuration(docs: Path, site: Path, nav: list) -> dict:
     "What MkDocs is told."
-    names = ("navigation.sections", "navigation.top", "navigation.footer", "search.highlight", "toc.follow")
+    names = (
+        "navigation.sections",
+        "navigation.prune",
+        "navigation.top",
+        "navigation.footer",
+        "search.highlight",
+        "toc.follow",
+    )
     extensions = ("tables", "fenced_code", "md_in_html", "toc", "pymdownx.highlight", "pymdownx.superfences")
     return dict(
         site_name="spectral_nb",
@@ -103,28 +112,41 @@ def build_site(out: str | Path | None = None) -> Path:
     return out
 
 # %% ../../nbs/dev/website.ipynb #26-013
+class PageLinks(HTMLParser):
+    "The ids of a page, and where its links, images, scripts and frames lead: {address: element}."
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.ids, self.addresses = set(), {}
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        given = dict(attrs)
+        self.ids.add(given.get("id"))
+        address = given.get("href") or given.get("src")
+        if address and tag in ("a", "img", "script", "link", "iframe"):
+            self.addresses[address] = "stylesheet" if given.get("rel") == "stylesheet" else tag
+
+
 def _target(page: Path, address: str) -> tuple[Path, str] | None:
     "File and fragment that an address on a page leads to; None if it leaves the site or the theme makes it."
-    parts = urlparse(address or "")
-    if not address or parts.scheme or parts.netloc or "__skip" in address or "__toc" in address:
+    parts = urlparse(address)
+    if parts.scheme or parts.netloc or "__skip" in address or "__toc" in address:
         return None
-    file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+    file = Path(os.path.normpath(page.parent / unquote(parts.path))) if parts.path else page
     return (file / "index.html" if file.is_dir() else file), unquote(parts.fragment)
 
 
 def broken_links(site: str | Path) -> list[str]:
     "`page: target` of every link or image inside the site that leads nowhere."
-    from bs4 import BeautifulSoup
-
     site = Path(site).resolve()
-    pages = {p: BeautifulSoup(p.read_text(), "html.parser") for p in sorted(site.rglob("*.html"))}
-    ids = {p: {e["id"] for e in soup.find_all(id=True)} for p, soup in pages.items()}
+    files = {p for p in site.rglob("*") if p.is_file()}
+    pages = {p: PageLinks(p.read_text()) for p in sorted(files) if p.suffix == ".html"}
     broken = []
-    for page, soup in pages.items():
-        for element in soup.find_all(["a", "img", "script", "link"]) if page.name != "404.html" else ():
-            address = element.get("href") or element.get("src")
+    for page, found in pages.items():
+        for address in found.addresses if page.name != "404.html" else ():
             file, fragment = _target(page, address) or (page, "")
-            if not file.is_file() or (fragment and file in ids and fragment not in ids[file]):
+            if file not in files or (fragment and file in pages and fragment not in pages[file].ids):
                 broken.append(f"{page.relative_to(site)}: {address}")
     return broken
 

@@ -15,7 +15,7 @@ from ..base.files import write_table
 from .circuit_norms import layer_means
 from .circuits import CIRCUIT_TASKS, Circuit
 from .reports import PRODUCTS, circuit_report, head_table
-from .stored import choose_circuit, circuit_file, store_circuits
+from .stored import choose_circuit, store_circuits
 from .weights import norm_matrix
 from .weight_files import weight_norms
 
@@ -33,9 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--heads", default=None, help='own circuit instead, such as "L9H6 L9H9"')
     p.add_argument("--prompts", type=int, default=None, help="prompts for each ablation batch (256; 64 after a screen)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--out", default=None, help="parquet file of the heads (default: spectral_norms_<model>.parquet here)"
-    )
+    p.add_argument("--out", default=None, help="parquet file to write every head to (default: none)")
     p.add_argument(
         "--store", action="store_true", help="find the circuits by ablation and store them under data/circuits"
     )
@@ -55,25 +53,26 @@ def _by_layer(norms: pd.DataFrame, c: Circuit) -> str:
     return _show(paths[0].merge(paths[1].drop(columns="n_circuit"), on="layer"))
 
 
-def _measured(a: argparse.Namespace) -> tuple[pd.DataFrame, list[Circuit], str]:
-    "Norms, circuits, and the file that every head was written to."
+def _measured(a: argparse.Namespace) -> tuple[pd.DataFrame, list[Circuit]]:
+    "Norms and circuits; with `--out`, every head is written to that file."
     tasks = a.tasks[:1] if a.heads else a.tasks
     more = dict(heads=a.heads, n_prompts=a.prompts, seed=a.seed)
     circuits = [choose_circuit(a.model, "given" if a.heads else t, a.revision, **more) for t in tasks]
     norms = weight_norms(a.model, a.revision, processing=a.processing)
-    heads = head_table(norms, circuits).assign(model=a.model, revision=a.revision or "", processing=a.processing)
-    stem = circuit_file(a.model).removesuffix(".json")
-    return norms, circuits, str(write_table(heads, a.out or f"spectral_norms_{stem}.parquet"))
+    if a.out:
+        heads = head_table(norms, circuits)
+        write_table(heads.assign(model=a.model, revision=a.revision or "", processing=a.processing), a.out)
+    return norms, circuits
 
 
 def main(argv: list[str] | None = None) -> int:
-    "`spectral-norms`: tables to the terminal, every head to a parquet file; 2 for a refused input."
+    "`spectral-norms`: tables to the terminal, with `--out` every head to a parquet file; 2 for a refused input."
     a = _parser().parse_args(argv)
     try:
         if a.store:
             print(f"circuits: {store_circuits(a.model, a.tasks, a.prompts, a.seed)}")
             return 0
-        norms, circuits, out = _measured(a)
+        norms, circuits = _measured(a)
         report = circuit_report(norms, circuits, a.seed)
     except (ValueError, TypeError, OSError) as e:
         print(f"spectral-norms: {e}", file=sys.stderr)
@@ -82,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     for c in circuits:
         if c.heads:
             print(f"\n{c.task}, mean spectral norm by layer\n{_by_layer(norms, c)}")
-    print(f"\nheads: {out}")
+    if a.out:
+        print(f"\nheads: {a.out}")
     return 0
 
 

@@ -46,12 +46,18 @@ def plot_class_shares(surveyed: Sequence[ModelSurvey]):
     return fig
 
 # %% ../../nbs/survey/figures.ipynb #figures-004
-def plot_rankings(surveyed: Sequence[ModelSurvey]):
-    "PR (integral, where there are checkpoints) of each model's heads over rank, by class; screened heads named."
+def _two_columns(surveyed: Sequence[ModelSurvey], height: float, **options):
+    "A figure with a panel for each model, `height` inches a row; (figure, axes)."
     rows = -(-len(surveyed) // 2)
-    fig, axes = figure(rows, 2, width=6.4, height=2.3 * rows, squeeze=False)
+    fig, axes = figure(rows, 2, width=6.4, height=height * rows, squeeze=False, **options)
     for ax in axes.flat[len(surveyed) :]:
         ax.set_visible(False)
+    return fig, axes
+
+
+def plot_rankings(surveyed: Sequence[ModelSurvey]):
+    "PR (integral, where there are checkpoints) of each model's heads over rank, by class; screened heads named."
+    fig, axes = _two_columns(surveyed, 2.3)
     for ax, s in zip(axes.flat, surveyed):
         c = s.classed.assign(score=s.classed["final" if s.tokens is None else "integral"])
         ax.plot(c["rank"], c["score"], color="#999999", linewidth=1, zorder=1)
@@ -90,10 +96,7 @@ def plot_precision(surveyed: Sequence[ModelSurvey], published: pd.DataFrame | No
 # %% ../../nbs/survey/figures.ipynb #figures-006
 def plot_bos_layers(surveyed: Sequence[ModelSurvey]):
     "Share of first-token heads by layer, synthetic and natural, with Wilson intervals where there are few layers."
-    rows = -(-len(surveyed) // 2)
-    fig, axes = figure(rows, 2, width=6.4, height=1.9 * rows, sharey=True, squeeze=False)
-    for ax in axes.flat[len(surveyed) :]:
-        ax.set_visible(False)
+    fig, axes = _two_columns(surveyed, 1.9, sharey=True)
     for ax, s in zip(axes.flat, surveyed):
         for i, (batch, t) in enumerate(s.surveys.items()):
             b = bos_share(t, by="layer")
@@ -167,10 +170,7 @@ def plot_verdicts(claims: pd.DataFrame):
 # %% ../../nbs/survey/figures.ipynb #figures-009
 def plot_removal_curves(surveyed: Sequence[ModelSurvey]):
     "Log-probability of the answer as heads are removed in the order of their score, and without each head alone."
-    rows = -(-len(surveyed) // 2)
-    fig, axes = figure(rows, 2, width=6.4, height=2.1 * rows, squeeze=False)
-    for ax in axes.flat[len(surveyed) :]:
-        ax.set_visible(False)
+    fig, axes = _two_columns(surveyed, 2.1)
     for ax, s in zip(axes.flat, surveyed):
         c = s.curve
         ax.plot(c["m"], -c["loss"], "o-", color=COLORS[0], label="removed in turn")

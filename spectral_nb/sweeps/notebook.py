@@ -9,10 +9,13 @@ __all__ = []
 import ast
 import json
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional
 
+from ..base.arguments import hold, kinds_of
 from ..base.checks import unknown_name_error
 from ..base.paths import repo_root
 from ..base.sources import parse
@@ -105,7 +108,8 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
         raise ValueError(f"notebook={str(notebook)!r}: {e}") from e
 
 # %% ../../nbs/sweeps/notebook.ipynb #notebook-009
-_TYPES = dict(int=int, float=(int, float), str=str, bool=bool, list=list, tuple=list, dict=dict, Sequence=list)
+_NAMES = {t.__name__: t for t in (int, float, str, bool, list, tuple, dict)}
+_NAMES |= dict(Literal=Literal, Optional=Optional, Sequence=Sequence, List=list)
 
 
 def json_problem(value: Any) -> str | None:
@@ -120,54 +124,27 @@ def json_problem(value: Any) -> str | None:
     return f"JSON cannot carry {value!r} of type {type(value).__name__}"
 
 
-def _matches(value: Any, kind: ast.expr) -> bool:
-    "Has `value` the type that an annotation names? An annotation that is not understood accepts everything."
-    if isinstance(kind, ast.BinOp):
-        return _matches(value, kind.left) or _matches(value, kind.right)
-    if isinstance(kind, ast.Constant):
-        return kind.value is not None or value is None
-    name = (
-        getattr(kind.value if isinstance(kind, ast.Subscript) else kind, "id", "")
-        .removesuffix("[")
-        .replace("List", "list")
-    )
-    if name == "Literal":
-        return value in _allowed(kind)
-    if name == "Optional":
-        return value is None or _matches(value, kind.slice)
-    if name not in _TYPES:
-        return True
-    if isinstance(value, bool) and name in ("int", "float") or not isinstance(value, _TYPES[name]):
-        return False
-    return name != "list" or isinstance(kind, ast.Name) or all(_matches(v, kind.slice) for v in value)
-
-
-def _allowed(kind: ast.expr) -> tuple:
-    "The values of a `Literal`; () for another type."
-    if getattr(getattr(kind, "value", None), "id", "") != "Literal":
-        return ()
-    values = ast.literal_eval(kind.slice)
-    return values if isinstance(values, tuple) else (values,)
+def _kinds(annotation: str) -> list:
+    "What an annotation allows; nothing is refused where it is not understood."
+    try:
+        return kinds_of(eval(annotation, {"__builtins__": {}}, _NAMES))
+    except (SyntaxError, NameError, AttributeError, TypeError):
+        return []
 
 
 def value_problem(parameter: Parameter, value: Any) -> str | None:
     "Why a sweep may not give `value` to `parameter`, or None."
     if problem := json_problem(value):
         return f"{parameter.name}: {problem}"
-    if not parameter.kind:
+    if not (kinds := _kinds(parameter.kind)):
         return None
-    kind, value = parse(parameter.kind, "eval").body, json.loads(json.dumps(value))
-    if _matches(value, kind):
-        return None
-    if allowed := _allowed(kind):
-        return unknown_name_error(parameter.name, value, allowed)
-    hint = ""
     try:
-        if isinstance(value, str) and parameter.kind.startswith(("float", "int")):
-            hint = f" (in YAML write {float(value)!r}: a number has no quotes)"
-    except ValueError:
-        pass
-    return f"{parameter.name}={value!r} is of type {type(value).__name__}, allowed is {parameter.kind}{hint}"
+        return hold(parameter.name, value, kinds)
+    except (TypeError, ValueError) as e:
+        with suppress(TypeError, ValueError):
+            if isinstance(value, str) and parameter.kind.startswith(("float", "int")):
+                return f"{e} (in YAML write {float(value)!r}: a number has no quotes)"
+        return str(e)
 
 
 def parameter_problems(values: dict, known: dict[str, Parameter]) -> list[str]:

@@ -25,6 +25,7 @@ from .machine import kill_processes
 from .run import RunKilled, execute_run
 
 # %% ../../nbs/sweeps/schedule.ipynb #schedule-005
+ANSWER_S = 10  # so long a scheduler may take to answer
 PATIENCE_S = 30.0  # so long a sweep waits for a worker when there is none
 STOP = threading.Event()  # set by a signal: the sweep ends although the exception was lost somewhere
 
@@ -62,7 +63,7 @@ def open_client(workers: int, *, scheduler=None, serial: bool = False) -> Iterat
     from distributed import Client, LocalCluster
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
-    settings = {"distributed.scheduler.worker-saturation": 1.0, "distributed.comm.timeouts.connect": "10s"}
+    settings = {"distributed.scheduler.worker-saturation": 1.0, "distributed.comm.timeouts.connect": f"{ANSWER_S}s"}
     with dask.config.set(settings), _main_hidden():
         cluster = check_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         if own := cluster is None:
@@ -70,7 +71,7 @@ def open_client(workers: int, *, scheduler=None, serial: bool = False) -> Iterat
             cluster = LocalCluster(**size, dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL)
         try:
             try:
-                client = Client(cluster, timeout=10, set_as_default=False)
+                client = Client(cluster, timeout=ANSWER_S, set_as_default=False)
             except (OSError, ValueError) as e:
                 raise ConnectionError(f"scheduler={scheduler!r} cannot be reached: {e}") from e
             with client, client.as_current():

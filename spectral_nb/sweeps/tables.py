@@ -10,10 +10,8 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ..base.files import atomic_path, read_json, write_json, write_table
+from ..base.files import read_json, write_json, write_table
 from .plan import RunRequest
 from .records import is_running, read_record
 from .spec import SweepSpec
@@ -48,49 +46,27 @@ def _plain(value):
     return json.dumps(value) if isinstance(value, (list, dict)) else value
 
 # %% ../../nbs/sweeps/tables.ipynb #tables-007
-def _with_constants(table: pa.Table, record: dict, taken: set[str]) -> pa.Table:
+def _with_constants(table: pd.DataFrame, record: dict, taken: set[str]) -> pd.DataFrame:
     "The table with its run's parameters and provenance as columns."
     added = {f"parameter_{k}" if k in taken else k: _plain(v) for k, v in record["parameters"].items()}
     facts = {k: record.get(k) for k in PROVENANCE} | {f"{k}_version": v for k, v in record.get("versions", {}).items()}
     added |= {f"run_{k}" if k in taken and k != "run_id" else k: v for k, v in facts.items()}
-    table = table.drop_columns([n for n in added if n in table.column_names])
-    for name, value in added.items():
-        table = table.append_column(name, pa.repeat(pa.scalar(value), len(table)))
-    return table.replace_schema_metadata(None)
+    return pd.concat([table.drop(columns=[n for n in added if n in table]), pd.DataFrame(added, table.index)], axis=1)
 
 
-def _simple(kind: pa.DataType) -> pa.DataType:
-    "One size of integer, float and text; dictionaries as their values."
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_integer(kind):
-        return pa.int64()
-    if pa.types.is_floating(kind):
-        return pa.float64()
-    return pa.string() if pa.types.is_large_string(kind) or pa.types.is_string(kind) else kind
+def _one_type(table: pd.DataFrame) -> pd.DataFrame:
+    "Columns whose values are of several types as text."
+    several = [c for c in table if table[c].dtype == object and table[c].dropna().map(type).nunique() > 1]
+    return table.assign(**{c: table[c].map(str, na_action="ignore") for c in several})
 
 
-def _joined_column(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:
-    "One column from the runs' columns."
-    kinds = {_simple(p.type) for p in parts if not pa.types.is_null(p.type)} or {pa.null()}
-    kind = kinds.pop() if len(kinds) == 1 else pa.float64() if kinds == {pa.int64(), pa.float64()} else pa.string()
-    try:
-        chunks = [c for p in parts for c in p.cast(kind, safe=kind != pa.float64()).chunks]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        kind = pa.string()
-        chunks = [pa.array([None if v is None else str(v) for v in p.to_pylist()], kind) for p in parts]
-    return pa.chunked_array(chunks, kind)
-
-
-def join_runs(records: list[dict], out: str | Path) -> pa.Table:
-    "The finished runs' tables as one, in the order given."
-    tables = [pq.read_table(Path(out) / r["run_id"] / "table.parquet") for r in records]
-    taken = {name for t in tables for name in t.column_names}
-    tables = [_with_constants(t, r, taken) for t, r in zip(tables, records)]
-    names = dict.fromkeys(n for t in tables for n in t.column_names)
-    missing = [
-        [pa.chunked_array([pa.nulls(len(t))]) if n not in t.column_names else t[n] for t in tables] for n in names
-    ]
-    return pa.table([_joined_column(parts) for parts in missing], names=list(names))
+def results_of(folder: Path, records: list[dict]) -> pd.DataFrame:
+    "The tables of these runs as one, in the order given."
+    if not records:
+        raise FileNotFoundError(f"folder={str(folder)!r} holds no finished run of a sweep")
+    tables = [pd.read_parquet(folder / r["run_id"] / "table.parquet") for r in records]
+    taken = {name for t in tables for name in t}
+    return _one_type(pd.concat([_with_constants(t, r, taken) for t, r in zip(tables, records)], ignore_index=True))
 
 # %% ../../nbs/sweeps/tables.ipynb #tables-010
 def finished(out: Path, run_ids: list[str]) -> list[dict]:
@@ -102,13 +78,10 @@ def collect(spec: SweepSpec, requests: list[RunRequest]) -> pd.DataFrame:
     "Write `results.parquet` (finished runs joined), `runs.parquet` (a row per run), `sweep.json`; returns the runs."
     table, results = runs_table(requests), spec.out / "results.parquet"
     if records := finished(spec.out, [q.run_id for q in requests]):
-        with atomic_path(results) as temporary:
-            pq.write_table(join_runs(records, spec.out), temporary, compression="zstd")
+        write_table(results_of(spec.out, records), results)
     else:
         results.unlink(missing_ok=True)
-    mixed = [c for c in table.columns if table[c].dropna().map(type).nunique() > 1]
-    text = {c: "string" for c in mixed if not pd.api.types.is_numeric_dtype(table[c])}
-    write_table(table.astype(text), spec.out / "runs.parquet")
+    write_table(_one_type(table), spec.out / "runs.parquet")
     told = dict(name=spec.name, title=spec.title, section=spec.section, notebook=spec.notebook.name)
     lists = dict(published=list(spec.published), varied=list(requests[0].varied), runs=[q.run_id for q in requests])
     write_json({**told, **lists}, spec.out / "sweep.json")
@@ -136,10 +109,3 @@ def load_results(folder: str | Path) -> pd.DataFrame:
         except (OSError, ValueError):
             pass  # damaged: joined afresh
     return results_of(folder, records)
-
-# %% ../../nbs/sweeps/tables.ipynb #tables-012
-def results_of(folder: Path, records: list[dict]) -> pd.DataFrame:
-    "The results of these runs."
-    if not records:
-        raise FileNotFoundError(f"folder={str(folder)!r} holds no finished run of a sweep")
-    return join_runs(records, folder).to_pandas()
