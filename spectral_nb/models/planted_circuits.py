@@ -84,6 +84,12 @@ def _induction_prompts(n_prompts: int, d_vocab: int, seed: int) -> PromptBatch:
     return _prompts("planted_induction", rows, {"first": first, "source": source}, answer, wrong)
 
 # %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-009
+def _with_induction(name: str, model, batch: PromptBatch) -> Planted:
+    "Previous-token head L0H1, induction head L1H2, distractor L0H0."
+    roles = {(0, 1): "previous token", (1, 2): "induction", (0, 0): "distractor"}
+    return Planted(name, model, batch, [(1, 2)], {((0, 1), (1, 2), "source")}, [(0, 0)], roles)
+
+
 def _plant_induction(n_prompts: int, seed: int) -> Planted:
     "Previous-token head (L0H1) and induction head (L1H2) in a GPT-2."
     d_vocab, n_ctx, d_head = 14, 16, 40
@@ -97,15 +103,7 @@ def _plant_induction(n_prompts: int, seed: int) -> Planted:
     model = from_hf(
         gpt2_from_plan(r, plan, n_layers=2, d_vocab=d_vocab, n_ctx=n_ctx, d_head=d_head), name="planted-induction"
     )
-    return Planted(
-        "induction",
-        model,
-        _induction_prompts(n_prompts, d_vocab, seed),
-        [(1, 2)],
-        {((0, 1), (1, 2), "source")},
-        [(0, 0)],
-        {(0, 1): "previous token", (1, 2): "induction", (0, 0): "distractor"},
-    )
+    return _with_induction("induction", model, _induction_prompts(n_prompts, d_vocab, seed))
 
 # %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-011
 def _simplex(n: int) -> Float[Tensor, "n n_minus_1"]:
@@ -195,15 +193,7 @@ def _plant_rotary(n_prompts: int, seed: int) -> Planted:
     model = from_hf(
         llama_from_plan(r, plan, n_layers=2, d_vocab=d_vocab, n_ctx=n_ctx, d_head=d_head), name="planted-rotary"
     )
-    return Planted(
-        "rotary",
-        model,
-        _induction_prompts(n_prompts, d_vocab, seed),
-        [(1, 2)],
-        {((0, 1), (1, 2), "source")},
-        [(0, 0)],
-        {(0, 1): "previous token", (1, 2): "induction", (0, 0): "distractor"},
-    )
+    return _with_induction("rotary", model, _induction_prompts(n_prompts, d_vocab, seed))
 
 # %% ../../nbs/models/planted_circuits.ipynb #planted_circuits-016
 def _trigram_prompts(n_prompts: int, d_vocab: int, seed: int) -> PromptBatch:
