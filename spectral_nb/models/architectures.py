@@ -11,37 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.checks import check_int
-
-# %% ../../nbs/models/architectures.ipynb #architectures-005
-SUPPORTED = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "olmo", "olmoe")
-
-_REASONS = {
-    "bert": "it is encoder-only: attention is bidirectional",
-    "roberta": "it is encoder-only: attention is bidirectional",
-    "distilbert": "it is encoder-only: attention is bidirectional",
-    "electra": "it is encoder-only: attention is bidirectional",
-    "modernbert": "it is encoder-only: attention is bidirectional",
-    "deberta-v2": "it is encoder-only: attention is bidirectional",
-    "t5": "it is an encoder-decoder",
-    "bart": "it is an encoder-decoder",
-    "whisper": "it is an encoder-decoder",
-    "mamba": "it is a state-space model: it has no attention",
-    "mamba2": "it is a state-space model: it has no attention",
-    "falcon_mamba": "it is a state-space model: it has no attention",
-    "rwkv": "it is a recurrent model: it has no attention",
-    "jamba": "it mixes state-space layers with attention",
-    "recurrent_gemma": "it mixes recurrent layers with attention",
-    "bloom": "its positions are ALiBi, a bias that no weight product holds",
-    "mpt": "its positions are ALiBi, a bias that no weight product holds",
-    "gemma2": "its attention scores have a soft-cap, so they are not bilinear",
-    "olmo2": "it normalises after attention (post-norm)",
-    "gpt_neo": "it has local attention layers and unscaled scores",
-    "deepseek_v2": "it has multi-head latent attention",
-    "deepseek_v3": "it has multi-head latent attention",
-    "gptj": "its rotary layout is interleaved, which is not supported",
-    "gemma": "its norm gains are stored as 1 + weight, which is not supported",
-    "gemma3_text": "it normalises after attention (post-norm)",
-}
+from .families import FAMILIES
+from .refusals import refuse_unsupported
 
 # %% ../../nbs/models/architectures.ipynb #architectures-007
 @dataclass(frozen=True)
@@ -69,6 +40,20 @@ class ArchSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     soft_cap: float | None = None
+    score_scale: float | None = None  # None: 1 / sqrt(d_head)
+    sinks: bool = False
+    windows: tuple[int | None, ...] = ()
+    rotary_layers: tuple[bool, ...] = ()
+    rotary_bases: tuple[float, ...] = ()
+    rotary_interleaved: bool = False
+    norm_before: bool = True
+    norm_after: bool = False
+    gains_from_one: bool = False
+    parallel_norms: int = 2
+    shared_expert: bool = False
+    write_scale: float = 1.0
+    alibi_scale: float = 1.0
+    alibi_rounded: bool = False  # slopes and biases are rounded to bfloat16
 
     def __post_init__(self):
         for name in ("n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_vocab", "n_ctx"):
@@ -77,6 +62,11 @@ class ArchSpec:
             raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_key_value_heads={self.n_key_value_heads}")
         if self.rotary_dim > self.d_head or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim={self.rotary_dim} must be even and at most d_head={self.d_head}")
+        for name in ("windows", "rotary_layers", "rotary_bases"):
+            if (given := getattr(self, name)) and len(given) != self.n_layers:
+                raise ValueError(f"{name} has {len(given)} entries for n_layers={self.n_layers}")
+        if self.score_scale is None:
+            object.__setattr__(self, "score_scale", self.d_head**-0.5)
 
     @property
     def n_groups(self) -> int:
@@ -86,6 +76,14 @@ class ArchSpec:
     def key_value_head(self, head: int) -> int:
         "The key-value head that query head `head` reads."
         return self.check_head(0, head)[1] // self.n_groups
+
+    def rotates(self, layer: int) -> bool:
+        "Whether the scores of `layer` depend on the offset through a rotation."
+        return self.positions == "rotary" and (not self.rotary_layers or self.rotary_layers[layer])
+
+    def window(self, layer: int) -> int | None:
+        "How many keys a query of `layer` sees, its own among them; None for all."
+        return self.windows[layer] if self.windows else None
 
     def check_layer(self, layer: int) -> int:
         "`layer` if the model has it, else ValueError."
@@ -99,7 +97,8 @@ class ArchSpec:
     def from_config(cls, config: Any) -> "ArchSpec":
         "Read a Hugging Face configuration; ValueError names the feature that is not supported."
         refuse_unsupported(config)
-        return cls(**_FAMILIES.get(config.model_type, _llama_like)(config))
+        fields = FAMILIES[config.model_type].read(config)
+        return cls(**{name: value for name, value in fields.items() if name != "refused"})
 
     @classmethod
     def from_model(cls, model: Any) -> "ArchSpec":
@@ -112,117 +111,3 @@ class ArchSpec:
     def to_dict(self) -> dict:
         "Fields by name."
         return dataclasses.asdict(self)
-
-# %% ../../nbs/models/architectures.ipynb #architectures-009
-def _rope(config) -> dict:
-    "Rotary parameters: transformers 5 keeps them in `rope_parameters`, earlier versions beside it."
-    return dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-
-
-def _rotary(config, d_head: int) -> dict:
-    rope = _rope(config)
-    fraction = rope.get(
-        "partial_rotary_factor", getattr(config, "partial_rotary_factor", getattr(config, "rotary_pct", 1.0))
-    )
-    base = rope.get("rope_theta", getattr(config, "rope_theta", getattr(config, "rotary_emb_base", 10000.0)))
-    return dict(positions="rotary", rotary_dim=int(d_head * float(fraction or 1.0)), rotary_base=float(base))
-
-
-def _gpt2(c) -> dict:
-    return dict(
-        model_type=c.model_type,
-        n_layers=c.n_layer,
-        n_heads=c.n_head,
-        n_key_value_heads=c.n_head,
-        d_model=c.n_embd,
-        d_head=c.n_embd // c.n_head,
-        d_mlp=c.n_inner or 4 * c.n_embd,
-        d_vocab=c.vocab_size,
-        n_ctx=c.n_positions,
-        norm="layernorm",
-        positions="learned",
-        qkv_bias=True,
-        out_bias=True,
-    )
-
-
-def _gpt_neox(c) -> dict:
-    d_head = c.hidden_size // c.num_attention_heads
-    bias = bool(getattr(c, "attention_bias", True))
-    return dict(
-        model_type=c.model_type,
-        n_layers=c.num_hidden_layers,
-        n_heads=c.num_attention_heads,
-        n_key_value_heads=c.num_attention_heads,
-        d_model=c.hidden_size,
-        d_head=d_head,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        n_ctx=c.max_position_embeddings,
-        norm="layernorm",
-        parallel_blocks=bool(c.use_parallel_residual),
-        qkv_bias=bias,
-        out_bias=bias,
-        **_rotary(c, d_head),
-    )
-
-
-def _llama_like(c) -> dict:
-    "Llama, Mistral, Qwen, OLMo, OLMoE: one block shape with different norms, biases and MLPs."
-    d_head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    bias = bool(getattr(c, "attention_bias", False))
-    return dict(
-        model_type=c.model_type,
-        n_layers=c.num_hidden_layers,
-        n_heads=c.num_attention_heads,
-        n_key_value_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
-        d_model=c.hidden_size,
-        d_head=d_head,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        n_ctx=c.max_position_embeddings,
-        norm="layernorm_nonparam" if c.model_type == "olmo" else "rmsnorm",
-        gated_mlp=True,
-        n_experts=getattr(c, "num_experts", 0) or 0 if c.model_type == "olmoe" else 0,
-        n_experts_per_token=getattr(c, "num_experts_per_tok", 0) or 0 if c.model_type == "olmoe" else 0,
-        qk_norm={"olmoe": "full", "qwen3": "head"}.get(c.model_type),
-        qkv_bias=bias or c.model_type == "qwen2",
-        out_bias=bias,
-        **_rotary(c, d_head),
-    )
-
-
-_FAMILIES = {"gpt2": _gpt2, "gpt_neox": _gpt_neox}
-
-# %% ../../nbs/models/architectures.ipynb #architectures-011
-def _unsupported_features(config) -> list[str]:
-    "Named features of a supported family that would make the decomposition wrong."
-    found = []
-    if cap := getattr(config, "attn_logit_softcapping", None):
-        found.append(f"soft-cap on attention scores (attn_logit_softcapping={cap})")
-    if clip := getattr(config, "clip_qkv", None):
-        found.append(f"clipped queries, keys and values (clip_qkv={clip})")
-    if getattr(config, "is_encoder_decoder", False):
-        found.append("encoder-decoder")
-    if getattr(config, "model_type", "") == "gpt_neox" and not getattr(config, "attention_bias", True):
-        found.append("queries, keys and values without biases (attention_bias=False)")
-    if not getattr(config, "scale_attn_weights", True):
-        found.append("unscaled attention scores (scale_attn_weights=False)")
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        found.append("scores scaled by layer (scale_attn_by_inverse_layer_idx=True)")
-    window, context = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", 0)
-    if window and window < context and getattr(config, "use_sliding_window", True):
-        found.append(f"sliding-window attention (sliding_window={window} below the context of {context})")
-    if (kind := _rope(config).get("rope_type", "default")) not in ("default", "linear", "llama3"):
-        found.append(f"rotary positions of type {kind!r} (angles or scale depend on the length)")
-    return found
-
-# %% ../../nbs/models/architectures.ipynb #architectures-012
-def refuse_unsupported(config: Any) -> None:
-    "ValueError naming the family or feature if this library cannot decompose the model's attention exactly."
-    family = getattr(config, "model_type", "") or type(config).__name__
-    if family not in SUPPORTED:
-        reason = _REASONS.get(family, "its attention has not been checked against this decomposition")
-        raise ValueError(f"architecture {family!r} is not supported: {reason}. Supported: {', '.join(SUPPORTED)}")
-    if found := _unsupported_features(config):
-        raise ValueError(f"architecture {family!r} is not supported with {'; '.join(found)}")

@@ -71,7 +71,7 @@ def _convert(file: Path, out: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from spectral_nb.models.architectures import refuse_unsupported
+    from spectral_nb.models.refusals import refuse_unsupported
 
     extra = dict(gguf_file=file.name, trust_remote_code=False)
     try:

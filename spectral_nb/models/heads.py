@@ -31,6 +31,20 @@ class HeadWeights:
     b_O: Float[Tensor, "d_model"]
     q_gain: Float[Tensor, "head d_head"] | None = None
     k_gain: Float[Tensor, "head d_head"] | None = None
+    qk_centred: bool = False  # the norms on queries and keys subtract the mean over d_head
+
+    def scored(self, which: str) -> tuple[Tensor, Tensor]:
+        """Weight [head d_model d_head] and bias [head d_head] of `q` or `k` as scores see them.
+
+        What is linear in a norm on queries and keys, its centring and its gain, is folded in."""
+        W, b, gain = (
+            getattr(self, f"W_{which.upper()}"),
+            getattr(self, f"b_{which.upper()}"),
+            getattr(self, f"{which}_gain"),
+        )
+        if self.qk_centred:
+            W, b = W - W.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+        return (W, b) if gain is None else (W * gain.unsqueeze(1), b * gain)
 
 # %% ../../nbs/models/heads.ipynb #heads-006
 def exact(tensor: Tensor) -> Tensor:
@@ -61,7 +75,8 @@ def _gain(attn: Any, name: str, spec: ArchSpec, n_heads: int) -> Tensor | None:
     norm = getattr(attn, name, None) if spec.qk_norm else None
     if norm is None:
         return None
-    g = exact(dict(norm.named_parameters())["_original_component.weight"])
+    g = torch.cat([exact(p).reshape(-1) for n, p in norm.named_parameters() if n.endswith("weight")])
+    g = g + 1.0 if spec.gains_from_one else g
     g = g.expand(n_heads, spec.d_head) if spec.qk_norm == "head" else g.reshape(n_heads, spec.d_head)
     return g.repeat_interleave(spec.n_heads // n_heads, dim=0)
 
@@ -79,18 +94,30 @@ def head_weights(
     W = {name: _matrices(attn, name, spec.n_heads) for name in ("W_Q", "W_K", "W_V", "W_O")}
     b = {name: _bias(attn, name, spec, W["W_Q"]) for name in ("b_Q", "b_K", "b_V", "b_O")}
     q_gain = _gain(attn, "q_norm", spec, spec.n_heads)
-    return HeadWeights(**W, **b, q_gain=q_gain, k_gain=_gain(attn, "k_norm", spec, spec.n_key_value_heads))
+    k_gain = _gain(attn, "k_norm", spec, spec.n_key_value_heads)
+    return HeadWeights(**W, **b, q_gain=q_gain, k_gain=k_gain, qk_centred=spec.qk_norm == "heads")
 
 # %% ../../nbs/models/heads.ipynb #heads-010
+def _frequencies(model: Any, spec: ArchSpec, layer: int) -> Tensor:
+    "Angles per position of a layer's dimension pairs, as the model holds them (by kind of layer where these differ)."
+    config = model.original_model.config
+    kind = f"{config.layer_types[layer]}_inv_freq" if spec.rotary_bases else "inv_freq"
+    for name, buffer in model.original_model.named_buffers():
+        if name.endswith(kind) and "original_inv" not in name:
+            return buffer.float()
+    steps = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device=model.cfg.device)
+    return 1.0 / spec.rotary_base ** (steps / spec.rotary_dim)
+
+
 @checked
-def rotation(model: Any, positions: Int[Tensor, "pos"]) -> tuple[Tensor, Tensor] | None:
-    "(cos, sin) [pos, rotary_dim] of the rotary angles at `positions`; None for a model without rotary positions."
-    if ArchSpec.from_model(model).positions != "rotary":
+def rotation(model: Any, positions: Int[Tensor, "pos"], layer: int = 0) -> tuple[Tensor, Tensor] | None:
+    "(cos, sin) [pos, rotary_dim] of a layer's rotary angles at `positions`; None where its positions are not rotary."
+    spec = ArchSpec.from_model(model)
+    if not spec.rotates(spec.check_layer(layer)):
         return None
-    buffers = dict(model.original_model.named_buffers())
-    frequencies = next(b for n, b in buffers.items() if n.endswith("inv_freq") and "original_inv" not in n).float()
+    frequencies = _frequencies(model, spec, layer)
     angles = positions.to(frequencies.device, frequencies.dtype)[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = angles.repeat_interleave(2, -1) if spec.rotary_interleaved else torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 # %% ../../nbs/models/heads.ipynb #heads-010-1
@@ -99,9 +126,36 @@ def apply_rotation(
     x: Float[Tensor, "*batch d_head"],
     cos: Float[Tensor, "*#batch rotary_dim"],
     sin: Float[Tensor, "*#batch rotary_dim"],
+    interleaved: bool = False,
 ) -> Float[Tensor, "*batch d_head"]:
-    "Turn the first `rotary_dim` dimensions of `x` (half-split layout); the others pass."
+    "Turn the first `rotary_dim` dimensions of `x` (half-split or interleaved layout); the others pass."
     r = cos.shape[-1]
     turned, passed = x[..., :r], x[..., r:]
-    half = torch.cat([-turned[..., r // 2 :], turned[..., : r // 2]], dim=-1)
-    return torch.cat([turned * cos + half * sin, passed], dim=-1)
+    if interleaved:
+        other = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+    else:
+        other = torch.cat([-turned[..., r // 2 :], turned[..., : r // 2]], dim=-1)
+    return torch.cat([turned * cos + other * sin, passed], dim=-1)
+
+# %% ../../nbs/models/heads.ipynb #heads-014
+def input_hook(spec: ArchSpec, layer: int) -> str:
+    "Name of the hook at what a layer's W_Q, W_K and W_V read."
+    return f"blocks.{layer}.ln1.hook_out" if spec.norm_before else f"blocks.{layer}.hook_resid_pre"
+
+
+def norm_gain(model: Any, norm: Any) -> Tensor | None:
+    "Gain [d_model] of a norm, None where it has none: ones where the gain was folded."
+    gain = dict(norm.named_parameters()).get("_original_component.weight")
+    if gain is None:
+        return None
+    return exact(gain) + 1.0 if ArchSpec.from_model(model).gains_from_one else exact(gain)
+
+
+def as_written(
+    model: Any, layer: int, o: Float[Tensor, "*batch d_model"], out_scale: Float[Tensor, "*#batch"] | None
+) -> Float[Tensor, "*batch d_model"]:
+    "Outputs of a layer's heads (z W_O) as they join the stream; `out_scale`: what the norm after attention divided by."
+    spec = ArchSpec.from_model(model)
+    if spec.norm_after:
+        o = o * norm_gain(model, model.blocks[layer].ln1_post).to(o) / out_scale.unsqueeze(-1)
+    return o if spec.write_scale == 1.0 else o * spec.write_scale

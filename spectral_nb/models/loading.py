@@ -14,6 +14,7 @@ import torch
 from ..base.checks import check_in
 from .architectures import ArchSpec
 from .checkpoints import resolve
+from .families import FAMILIES
 from .hf_models import check_weights, placeholder_tokenizer, plain_model, source_tokenizer
 from .records import register_model
 from .verification import compare, reference_log_probs
@@ -22,8 +23,12 @@ from .verification import compare, reference_log_probs
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def _refuse_square(spec: ArchSpec) -> None:
-    "ValueError for a shape that TransformerLens folds wrongly."
+def _refuse_folding(spec: ArchSpec) -> None:
+    "ValueError for a family or a shape that TransformerLens folds wrongly."
+    if why := FAMILIES[spec.model_type].unfolded:
+        raise ValueError(
+            f"processing='folded' is not supported for {spec.model_type}: {why}; load with processing='raw'"
+        )
     sizes = ("d_vocab",) if spec.n_experts else ("d_mlp", "d_vocab")
     square = [n for n in sizes if getattr(spec, n) == spec.d_model]
     if square:
@@ -75,7 +80,7 @@ def from_hf(
     check_in("processing", processing, ("folded", "raw"))
     spec = ArchSpec.from_model(hf_model)
     if processing == "folded":
-        _refuse_square(spec)
+        _refuse_folding(spec)
     check_weights(hf_model, name)
     _take_over(hf_model)
     bridge = _boot(hf_model, tokenizer if tokenizer is not None else placeholder_tokenizer(spec.d_vocab), name)

@@ -14,6 +14,7 @@ import torch
 
 from ..base.arguments import checked
 from ..base.checks import check_in
+from .shown_scores import show_scores
 
 # %% ../../nbs/models/records.ipynb #records-004
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def register_model(
 ) -> Any:
     "Record name, processing and weights hash on a bridge that was made by hand; returns the model."
     check_in("processing", processing, ("folded", "raw"))
+    if hasattr(model, "blocks"):
+        show_scores(model)
     if placeholder_tokenizer is None:
         placeholder_tokenizer = getattr(getattr(model, "tokenizer", None), "name_or_path", "") == "placeholder"
     info = ModelInfo(name, revision, step, tokens, processing, weights_hash(model), path, placeholder_tokenizer)

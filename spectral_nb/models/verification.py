@@ -14,16 +14,28 @@ from torch import Tensor
 
 from ..base.arguments import checked
 from .architectures import ArchSpec
-from .heads import apply_rotation, exact, head_weights, rotation
+from .heads import apply_rotation, exact, head_weights, input_hook, rotation
+from .positions import seen_keys
 from .records import model_info
 
 # %% ../../nbs/models/verification.ipynb #verification-003
 def score_hooks(model: Any, layer: int) -> list[str]:
     "Names of the hooks that `rebuild_scores` reads."
-    names = [f"blocks.{layer}.ln1.hook_out"]
-    if ArchSpec.from_model(model).qk_norm:
+    spec = ArchSpec.from_model(model)
+    names = [input_hook(spec, layer)]
+    if spec.qk_norm in ("head", "full"):  # the others' scales are computed from the input
         names += [f"blocks.{layer}.attn.{s}_norm.hook_scale" for s in "qk"]
     return names
+
+
+def _centred_scales(model: Any, cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    "What LayerNorms on each head's queries and keys divide by."
+    w, spec = head_weights(model, layer), ArchSpec.from_model(model)
+    config, x, scales = model.original_model.config, exact(cache[input_hook(spec, layer)]), []
+    for W, b in ((w.W_Q, w.b_Q), (w.W_K, w.b_K)):
+        q = torch.einsum("bpm,hmd->bphd", x, W.to(x)) + b.to(x)
+        scales.append((q.var(-1, correction=0) + config.layer_norm_eps).sqrt())
+    return tuple(scales)
 
 
 def qk_norm_scales(model: Any, cache: Any, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -31,6 +43,8 @@ def qk_norm_scales(model: Any, cache: Any, layer: int) -> tuple[Tensor, Tensor] 
     spec, scales = ArchSpec.from_model(model), []
     if not spec.qk_norm:
         return None
+    if spec.qk_norm == "heads":
+        return _centred_scales(model, cache, layer)
     for s in "qk":
         # full: [batch, pos, 1]; head: [batch, head, pos, 1]
         scale = exact(cache[f"blocks.{layer}.attn.{s}_norm.hook_scale"])
@@ -41,19 +55,18 @@ def qk_norm_scales(model: Any, cache: Any, layer: int) -> tuple[Tensor, Tensor] 
 # %% ../../nbs/models/verification.ipynb #verification-004
 @checked
 def rebuild_scores(model: Any, cache: Any, layer: int) -> Float[Tensor, "batch head q_pos k_pos"]:
-    """Attention scores (over sqrt(d_head), not masked) rebuilt from `head_weights` and a layer's input.
+    """Attention scores (times the family's scale; no bias, cap or mask) rebuilt from weights and a layer's input.
 
-    `cache` holds `blocks.<layer>.ln1.hook_out` and, with QK-norm, `attn.q_norm.hook_scale` and the same of `k_norm`."""
+    `cache` holds the hooks that `score_hooks` names."""
     w, spec = head_weights(model, layer), ArchSpec.from_model(model)
-    x = exact(cache[f"blocks.{layer}.ln1.hook_out"])
-    q = torch.einsum("bpm,hmd->bphd", x, w.W_Q) + w.b_Q
-    k = torch.einsum("bpm,hmd->bphd", x, w.W_K) + w.b_K
+    x = exact(cache[input_hook(spec, layer)])
+    q, k = (torch.einsum("bpm,hmd->bphd", x, W) + b for W, b in (w.scored("q"), w.scored("k")))
     if (scales := qk_norm_scales(model, cache, layer)) is not None:
-        q, k = q * w.q_gain / scales[0][..., None], k * w.k_gain / scales[1][..., None]
-    if (turn := rotation(model, torch.arange(x.shape[1]))) is not None:
+        q, k = q / scales[0][..., None], k / scales[1][..., None]
+    if (turn := rotation(model, torch.arange(x.shape[1]), layer)) is not None:
         cos, sin = (t[:, None, :].to(q.dtype) for t in turn)
-        q, k = apply_rotation(q, cos, sin), apply_rotation(k, cos, sin)
-    return torch.einsum("bqhd,bkhd->bhqk", q, k) / spec.d_head**0.5
+        q, k = (apply_rotation(v, cos, sin, spec.rotary_interleaved) for v in (q, k))
+    return torch.einsum("bqhd,bkhd->bhqk", q, k) * spec.score_scale
 
 # %% ../../nbs/models/verification.ipynb #verification-006
 def _check_tokens(d_vocab: int, n_ctx: int, device: Any = "cpu") -> Tensor:
@@ -70,9 +83,9 @@ def reference_log_probs(hf_model: Any) -> Tensor:
 
 # %% ../../nbs/models/verification.ipynb #verification-007
 def _score_error(model: Any, cache: Any, layer: int) -> float:
-    "Largest difference of rebuilt scores below the diagonal, relative to the layer's largest score."
+    "Largest difference of rebuilt scores that are not masked, relative to the layer's largest score."
     theirs = cache[f"blocks.{layer}.attn.hook_attn_scores"].float()
-    keep = torch.ones(theirs.shape[-2:], dtype=torch.bool, device=theirs.device).tril()
+    keep = seen_keys(ArchSpec.from_model(model), layer, theirs.shape[-1]).to(theirs.device)
     theirs, ours = theirs[..., keep], rebuild_scores(model, cache, layer).float()[..., keep]
     return ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
 
