@@ -103,10 +103,10 @@ def writer_claim(ratios: pd.DataFrame, task: str, seed: int) -> list[dict]:
 # %% ../../nbs/attention/sparsity_claims.ipynb #cla-009
 def sum_check(model: Any, measured: list[TaskSlices]) -> dict:
     "The terms of every firing sum to the model's own score, relative to the sum of their sizes."
-    d_head, errors = ArchSpec.from_model(model).d_head, []
+    scale, errors = ArchSpec.from_model(model).score_scale, []
     for m in measured:
         terms = m.data.terms.double()
-        score = pair_scores(m.data.acts, m.data.pairs).double() * d_head**0.5
+        score = pair_scores(m.data.acts, m.data.pairs).double() / scale
         errors.append((terms.sum(1) - score).abs() / terms.abs().sum(1).clamp_min(1e-12))
     unit = "error over the sum of the terms' sizes"
     return identity("the terms of every firing sum to the model's own score", torch.cat(errors), unit=unit)

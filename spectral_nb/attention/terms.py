@@ -92,7 +92,7 @@ def slice_coordinates(
     for layer, i, at in _by_layer(acts, pairs):
         p, x = pairs[at], acts.x[i]
         rows = (p.prompt * width + p.q_pos, keys.prompt[at] * width + keys.k_pos[at])
-        if spec.positions == "rotary":
+        if spec.rotates(layer):
             q_basis, _, k_basis, _ = omega_bases(model, layer)
             Uc, S, Vc, group = _offset_groups(model, layer, p)
             for out, row, basis, core in zip((a, b), rows, (q_basis, k_basis), (Uc, Vc), strict=True):
@@ -112,7 +112,7 @@ def slice_coordinates(
 # %% ../../nbs/attention/terms.ipynb #terms-004d
 @checked
 def slice_terms(model, acts: Activations, pairs: Pairs) -> Float[Tensor, "n d_head"]:
-    "The d_head terms of every pair, by descending singular value; each row sums to attn_score * sqrt(d_head)."
+    "The d_head terms of every pair, by descending singular value; each row sums to attn_score / score_scale."
     a, sigma, b = slice_coordinates(model, acts, pairs)
     return a.mul_(sigma).mul_(b)
 
@@ -130,7 +130,7 @@ def combine_vectors(
     out = query_weights.new_empty(2, len(pairs), spec.d_model + 1)
     for layer, at in _same(pairs.layer):
         p, weights = pairs[at], [query_weights[at], key_weights[at]]
-        if spec.positions == "rotary":
+        if spec.rotates(layer):
             bases = omega_bases(model, layer)[0::2]
             Uc, _, Vc, group = _offset_groups(model, layer, p)
             weights = [_times_core(w, c.mT, group) for w, c in zip(weights, (Uc, Vc), strict=True)]
@@ -155,7 +155,7 @@ def slice_vectors(
     u, v = (a.new_empty(len(pairs), spec.d_model + 1, _n_slices(spec)) for _ in range(2))
     for layer, _, at in _by_layer(acts, pairs):
         head = pairs.head[at]
-        if spec.positions == "rotary":
+        if spec.rotates(layer):
             q_basis, _, k_basis, _ = omega_bases(model, layer)
             Uc, _, Vc, group = _offset_groups(model, layer, pairs[at])
             u[at], v[at] = q_basis[head] @ Uc[group], k_basis[head] @ Vc[group]

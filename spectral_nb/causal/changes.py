@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..models.architectures import ArchSpec
-from ..models.heads import apply_rotation, head_weights, rotation
-from ..models.verification import qk_norm_scales
+from ..models.heads import apply_rotation, head_weights, input_hook, rotation
+from ..models.positions import seen_keys
+from ..models.verification import qk_norm_scales, score_hooks
 
 # %% ../../nbs/causal/changes.ipynb #changes-004
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ class _LocalChange:
 
     def hooks(self) -> list:
         block = f"blocks.{self.layer}."
-        kept = [block + "ln1.hook_out", block + "attn.hook_pattern"]
-        if self.spec.qk_norm:
-            kept += [f"{block}attn.{s}_norm.hook_scale" for s in "qk"]
+        kept = [*score_hooks(self.model, self.layer), block + "attn.hook_pattern"]
         return [(name, partial(self._keep, name=name)) for name in kept] + [
             (block + "attn.hook_attn_scores", self._scores),
             (block + "attn.hook_z", self._z),
@@ -60,21 +59,19 @@ class _LocalChange:
         return torch.bmm(self.x, W[self.head].to(self.x)) + b[self.head][:, None].to(self.x)
 
     def _scores(self, scores, hook):
-        "Scores of the changed heads from queries and keys of their own inputs; where a key comes later, as they were."
-        w, x = self.weights, self.cache[f"blocks.{self.layer}.ln1.hook_out"]
+        "Scores of the changed heads from queries and keys of their own inputs; where a key is not seen, as they were."
+        w, x = self.weights, self.cache[input_hook(self.spec, self.layer)]
         self.x = x[self.run].index_put((self.which, self.changes.pos), self.changes.vector.to(x), accumulate=True)
-        q, k = self._project(w.W_Q, w.b_Q), self._project(w.W_K, w.b_K)
+        q, k = self._project(*w.scored("q")), self._project(*w.scored("k"))
         if (scales := qk_norm_scales(self.model, self.cache, self.layer)) is not None:
-            q = q * w.q_gain[self.head][:, None] / scales[0][self.run, :, self.head][..., None]
-            k = k * w.k_gain[self.head][:, None] / scales[1][self.run, :, self.head][..., None]
+            q, k = (v / s[self.run, :, self.head][..., None] for v, s in zip((q, k), scales, strict=True))
         positions = torch.arange(x.shape[1], device=x.device)
-        if (turn := rotation(self.model, positions)) is not None:
-            q, k = (apply_rotation(v, *(t.to(v) for t in turn)) for v in (q, k))
-        new = torch.bmm(q, k.mT) / self.spec.d_head**0.5
+        if (turn := rotation(self.model, positions, self.layer)) is not None:
+            q, k = (apply_rotation(v, *(t.to(v) for t in turn), self.spec.rotary_interleaved) for v in (q, k))
+        new = torch.bmm(q, k.mT) * self.spec.score_scale
         scores = scores.clone()
-        scores[self.run, self.head] = torch.where(
-            positions[:, None] >= positions, new.to(scores), scores[self.run, self.head]
-        )
+        seen = seen_keys(self.spec, self.layer, x.shape[1]).to(x.device)
+        scores[self.run, self.head] = torch.where(seen, new.to(scores), scores[self.run, self.head])
         return scores
 
     def _z(self, z, hook):

@@ -33,6 +33,7 @@ def at_tokens(forward: Callable, rows: Tensor, place: Tensor) -> Callable:
     "`forward`, a function of one token at a time, for the tokens `rows` alone."
 
     def some(x, *args, **kwargs):
+        args = (a.flatten(0, 1)[rows].unsqueeze(0) if torch.is_tensor(a) else a for a in args)  # a residual
         out = forward(x.flatten(0, 1)[rows].unsqueeze(0), *args, **kwargs)
         y, *more = out if isinstance(out, tuple) else (out,)  # experts return their router's scores too
         y = torch.cat([y[0], y.new_zeros(1, y.shape[-1])]).index_select(0, place).view(*x.shape[:2], -1)

@@ -52,8 +52,6 @@ class ArchSpec:
     parallel_norms: int = 2
     shared_expert: bool = False
     write_scale: float = 1.0
-    alibi_scale: float = 1.0
-    alibi_rounded: bool = False  # slopes and biases are rounded to bfloat16
 
     def __post_init__(self):
         for name in ("n_layers", "n_heads", "n_key_value_heads", "d_model", "d_head", "d_vocab", "n_ctx"):

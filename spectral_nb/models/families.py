@@ -147,14 +147,15 @@ def mpt(c: Any) -> dict:
 
 
 def falcon(c: Any) -> dict:
-    "Rotary positions or ALiBi, one key-value head or all, in parallel (one norm) or one after the other."
+    "Rotary positions, one key-value head or all, in parallel (one norm) or one after the other."
     refused = ()
     if c.new_decoder_architecture:
         refused = ("grouped key-value heads (new_decoder_architecture=True; TransformerLens 4.3 splits them wrongly)",)
     found = dict(sizes(c), n_key_value_heads=1 if c.multi_query else c.num_attention_heads, norm="layernorm")
     found |= dict(parallel_blocks=bool(c.parallel_attn), parallel_norms=1, qkv_bias=c.bias, out_bias=c.bias)
-    found |= dict(positions="alibi", alibi_scale=found["d_head"] ** -0.5, alibi_rounded=True) if c.alibi else rotary(c)
-    return found | dict(refused=refused)
+    if c.alibi:
+        refused += ("ALiBi (transformers 5's eager attention of Falcon adds its bias twice)",)
+    return found | rotary(c) | dict(refused=refused)
 
 # %% ../../nbs/models/families.ipynb #families-010
 _MOE_FOLDING = "TransformerLens 4.3 folds the gain before the experts away without putting it into their fused weights"
@@ -184,7 +185,7 @@ FAMILIES = {
     "opt": Family(opt, shown_by="forward"),
     "bloom": Family(bloom, shown_by="_reconstruct_attention"),
     "mpt": Family(mpt, shown_by="_reconstruct_attention"),
-    "falcon": Family(falcon, shown_by="_reconstruct_attention"),
+    "falcon": Family(falcon),
     "granite": Family(lambda c: llama_like(c, score_scale=c.attention_multiplier, write_scale=c.residual_multiplier)),
     "smollm3": Family(lambda c: llama_like(c, rotary_layers=tuple(bool(r) for r in c.no_rope_layers))),
     "gpt_oss": Family(lambda c: experts(c, sinks=True), unfolded=_MOE_FOLDING),

@@ -34,6 +34,4 @@ def position_bias(spec: ArchSpec, n_pos: int) -> Float[Tensor, "head 1 k_pos"] |
     "What ALiBi adds to the scores of each key, up to a constant of the query; None without ALiBi."
     if spec.positions != "alibi":
         return None
-    slopes, at = alibi_slopes(spec.n_heads), torch.arange(n_pos)
-    bias = slopes.bfloat16()[:, None] * at if spec.alibi_rounded else slopes[:, None] * at
-    return bias.float()[:, None] * spec.alibi_scale
+    return (alibi_slopes(spec.n_heads)[:, None] * torch.arange(n_pos))[:, None]

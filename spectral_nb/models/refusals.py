@@ -63,7 +63,8 @@ _RECOGNISED = {  # attribute -> feature
 }
 _PLAIN = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim hidden_act
 max_position_embeddings initializer_range use_cache bos_token_id eos_token_id pad_token_id tie_word_embeddings
-attention_dropout mlp_bias hidden_dropout pretraining_tp model_type transformers_version n_embd n_layer n_head""".split()
+attention_dropout mlp_bias hidden_dropout pretraining_tp model_type transformers_version n_embd n_layer
+n_head""".split()
 
 
 def describe_features(config: Any) -> str:

@@ -15,11 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..attention.activations import Activations
+from ..attention.components import centred
 from ..attention.pairs import Pairs
 from ..attention.terms import slice_coordinates, slice_vectors
 from ..base.checks import head_name
 from ..models.architectures import ArchSpec
-from ..models.heads import head_weights
+from ..models.heads import as_written, head_weights
 from ..models.records import model_info
 from .edge_tables import check_edges
 from .reading import slice_mask
@@ -150,14 +151,19 @@ def _upstream_outputs(model, acts: Activations, edges: pd.DataFrame) -> Float[Te
     W_O = torch.stack([head_weights(model, layer).W_O for layer in acts.layers])
     at = torch.tensor([acts.index(i) for i in layer.tolist()], dtype=torch.long)
     rows = torch.arange(len(edges)).split(256)
-    return torch.cat(
+    o = torch.cat(
         [torch.bmm(acts.z[at[i], prompt[i], pos[i], head[i]][:, None], W_O[at[i], head[i]])[:, 0] for i in rows]
         or [W_O.new_empty(0, W_O.shape[-1])]
     )
+    for a in layer.unique().tolist():
+        mine = layer == a
+        after = None if acts.out_scale is None else acts.out_scale[acts.index(a), prompt[mine], pos[mine]]
+        o[mine] = as_written(model, a, o[mine], after)
+    return o
 
 # %% ../../nbs/tracing/projections.ipynb #projections-008
 def as_read(model, h: Tensor, ln_scale: Tensor) -> Tensor:
     "h as the downstream head reads it: centred (LayerNorm) and over the scale."
-    if "layernorm" in ArchSpec.from_model(model).norm:
+    if centred(ArchSpec.from_model(model)):
         h = h - h.mean(-1, keepdim=True)
     return h / ln_scale[:, None]

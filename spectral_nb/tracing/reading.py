@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.arguments import checked
 from ..attention.activations import Activations
-from ..attention.components import read_gain
+from ..attention.components import centred, read_gain
 from ..attention.pairs import Pairs
 from ..attention.selection import select_slices
 from ..attention.terms import combine_vectors, slice_coordinates
@@ -55,10 +55,10 @@ def reading_vectors(model: Any, acts: Activations, pairs: Pairs, rule: str = "pa
                 for s, pos in ((acts.q_scale, pairs.q_pos), (acts.k_scale, pairs.k_pos))
             ]
         )
-    gain, centred = read_gain(model, layer)[:, None], "layernorm" in ArchSpec.from_model(model).norm
+    gain, subtract = read_gain(model, layer)[:, None], centred(ArchSpec.from_model(model))
 
     def read(vectors):
-        return (vectors * gain) - (vectors * gain).mean(1, keepdim=True) if centred else vectors * gain
+        return (vectors * gain) - (vectors * gain).mean(1, keepdim=True) if subtract else vectors * gain
 
     vectors = combine_vectors(model, pairs, *(weight / scale[..., None]), directions=read)
     return Readings(vectors[..., :-1], vectors[..., -1], signal, mask.sum(-1))

@@ -18,7 +18,7 @@ from ..attention.activations import Activations
 from ..attention.components import component_outputs
 from ..base.checks import head_name
 from ..models.architectures import ArchSpec
-from ..models.heads import head_weights
+from ..models.heads import as_written, head_weights
 
 # %% ../../nbs/tracing/upstream.ipynb #upstream-004
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def upstream_labels(spec: ArchSpec, top: int) -> Upstream:
 
 
 def head_outputs(model: Any, acts: Activations, top: int, room: Tensor | None = None) -> Upstream:
-    "Every head's output z W_O in the layers before `top`; `room` is memory to put them in, at least as many numbers."
+    """Every head's output, as written to the stream, in the layers before `top`.
+
+    `room` is memory to put them in, at least as many numbers."""
     spec = ArchSpec.from_model(model)
     n_tokens = acts.x.shape[1] * acts.x.shape[2]
     shape = (top * spec.n_heads, n_tokens, spec.d_model)
@@ -51,6 +53,9 @@ def head_outputs(model: Any, acts: Activations, top: int, room: Tensor | None = 
     for layer, out in enumerate(outputs.split(spec.n_heads)):
         z = acts.z[acts.index(layer)].reshape(n_tokens, spec.n_heads, spec.d_head)
         torch.bmm(z.transpose(0, 1), head_weights(model, layer).W_O, out=out)
+        if spec.norm_after or spec.write_scale != 1.0:
+            after = None if acts.out_scale is None else acts.out_scale[acts.index(layer)].flatten()
+            out.copy_(as_written(model, layer, out, after))
     return replace(upstream_labels(spec, top), outputs=outputs)
 
 

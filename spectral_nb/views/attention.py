@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectral_nb.attention.activations import Activations, capture
-from spectral_nb.attention.pairs import Pairs
+from spectral_nb.attention.pairs import Pairs, valid_pairs
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.attention.selection import select_slices
 from spectral_nb.attention.terms import slice_terms
@@ -35,12 +35,12 @@ def slice_maps(
 ) -> Float[Tensor, "sv q_pos k_pos"]:
     """Every slice's part of the head's attention scores on one prompt, by descending singular value.
 
-    Zero above the diagonal; the slices sum to the scores that the softmax sees.
+    Zero where a key is not seen; the slices sum to the scores before a bias or cap.
     """
     n = int(acts.lengths[prompt])
-    q, k = torch.tril_indices(n, n)
+    q, k = valid_pairs(acts, layer)[prompt, :n, :n].nonzero().unbind(1)
     whole = [torch.full_like(q, v) for v in (prompt, layer, head)]
-    terms = slice_terms(model, acts, Pairs(*whole, q, k)) / ArchSpec.from_model(model).d_head ** 0.5
+    terms = slice_terms(model, acts, Pairs(*whole, q, k)) * ArchSpec.from_model(model).score_scale
     maps = terms.new_zeros(terms.shape[1], n, n)
     maps[:, q, k] = terms.T
     return maps
