@@ -76,6 +76,8 @@ def tiny_family(name: str, seed: int = 0, peak: float = 3.0):
             norm = key.endswith("weight") and ("norm" in key or "ln_" in key or "ln1" in key)
             if p.ndim == 1 or norm:
                 p.copy_(torch.randn_like(p) * 0.3 + (start if norm else 0.0))
+                if any(part in key for part in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")):
+                    p.add_(1.2)  # norms on queries and keys take the weights' size away
             else:
                 p.copy_(torch.randn_like(p) * 0.1)
                 if any(part in key for part in ("q_proj", "k_proj", "query_key_value", "c_attn", "Wqkv", "qkv_proj")):

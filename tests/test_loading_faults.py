@@ -273,8 +273,8 @@ def test_self_check_sees_a_fault_beyond_24_tokens(tmp_path, monkeypatch):
     self_check(tmp_path)
     right = verification.apply_rotation
 
-    def wrong_far_away(x, cos, sin):
-        turned = right(x, cos, sin)
+    def wrong_far_away(x, *turn):
+        turned = right(x, *turn)
         return torch.cat([turned[:, :40], x[:, 40:]], dim=1)
 
     monkeypatch.setattr(verification, "apply_rotation", wrong_far_away)

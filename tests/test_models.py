@@ -146,12 +146,13 @@ def test_local_folder_with_revisions(tmp_path):
         (tf.BertConfig(), "encoder-only"),
         (tf.MambaConfig(), "state-space"),
         (tf.T5Config(), "encoder-decoder"),
-        (tf.BloomConfig(), "ALiBi"),
-        (tf.Gemma2Config(), "soft-cap"),
-        (tf.Olmo2Config(), "post-norm"),
-        (tf.GPTNeoConfig(), "local attention"),
+        (tf.BloomConfig(apply_residual_connection_post_layernorm=True), "after the norm"),
+        (tf.LlamaConfig(attn_logit_softcapping=30.0), "soft-cap"),
+        (tf.DeepseekV3Config(), "latent attention"),
+        (tf.Qwen2MoeConfig(mlp_only_layers=[1]), "dense layers"),
+        (tf.LlamaConfig(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "'dynamic'"),
+        (tf.Cohere2Config(), "recognised: .*rotary positions.*; not recognised: "),
         (tf.OlmoConfig(clip_qkv=5.0), "clip_qkv"),
-        (tf.MistralConfig(sliding_window=16), "sliding-window"),
         (tf.GPT2Config(scale_attn_weights=False), "unscaled"),
         (tf.ViTConfig(), "not supported"),
     ],
@@ -245,6 +246,6 @@ def test_head_out_of_range(tiny_model):
 def test_self_check_notices_wrong_weights(tmp_path, monkeypatch):
     "The check itself can fail: a wrong rotation is caught."
     tiny_hf("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(verification, "apply_rotation", lambda x, cos, sin: x)
+    monkeypatch.setattr(verification, "apply_rotation", lambda x, *_: x)
     with pytest.raises(ValueError, match="scores differ"):
         load_model(tmp_path, check=True)

@@ -20,7 +20,7 @@ from ..base.checks import check_int
 from ..base.progress import progress
 from .changes import Changes, change_hooks
 from .metrics import read_hooks, read_values
-from .reached import reached_modules, replaced_forwards, unchanged
+from .reached import given_stream, reached_modules, replaced_forwards, unchanged
 from ..models.architectures import ArchSpec
 
 # %% ../../nbs/causal/changed_runs.ipynb #changed-runs-005
@@ -39,9 +39,9 @@ def _logits(
     names = {layer: f"blocks.{layer}.hook_resid_pre" for layer in range(start + 1, len(streams) - 1)}
     names[len(streams) - 1] = f"blocks.{len(streams) - 2}.hook_resid_post"
     hooks = [*hooks, *((name, unchanged(reached, streams[layer], prompt)) for layer, name in names.items())]
-    given, where = (streams[start, prompt, : tokens.shape[1]], dict(start_at_layer=start)) if start else (tokens, {})
+    hooks = [given_stream(start, streams[start, prompt, : tokens.shape[1]]), *hooks] if start else hooks
     with replaced_forwards(reached_modules(model, start, reached, prompt)):
-        return model.run_with_hooks(given, fwd_hooks=hooks, **where)
+        return model.run_with_hooks(tokens, fwd_hooks=hooks)
 
 # %% ../../nbs/causal/changed_runs.ipynb #changed-runs-007
 _HIDDEN = 1 << 22  # numbers of an MLP's hidden layer in one pass: more leave the processor's cache

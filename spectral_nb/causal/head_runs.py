@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention.activations import run_to
 from .ablation import replacement
 from .metrics import read_hooks, read_values, reads_end
-from .reached import at_tokens, distinct_tokens, prefix_ids, replaced_forwards
+from .reached import at_tokens, distinct_tokens, given_stream, prefix_ids, replaced_forwards, skipped
 from ..models.architectures import ArchSpec
 
 # %% ../../nbs/causal/head_runs.ipynb #head-runs-005
@@ -32,7 +32,7 @@ def _run_tokens(part: Any, n_heads: int, shared: bool, metric: Any) -> tuple[Ten
 
 def _partial_modules(model: Any, start: int, every: tuple, read: tuple) -> list[tuple[torch.nn.Module, Any]]:
     "What takes the place of which module's `forward`; `every` and `read` are (rows, place) of `distinct_tokens`."
-    found = [(block, _passed) for block in model.blocks[:start]]
+    found = [(block, skipped(model)) for block in model.blocks[:start]]
     for layer, block in enumerate(model.blocks[start:], start):
         q, k, v, o = (getattr(block.attn, n).original_component for n in "qkvo")
         last = layer == len(model.blocks) - 1
@@ -44,11 +44,6 @@ def _partial_modules(model: Any, start: int, every: tuple, read: tuple) -> list[
             found.append((q, at_tokens(q.forward, *(read if last else every))))
         found += [(m, at_tokens(m.forward, *(read if last else every))) for m in (o, block.mlp)]
     return found
-
-
-def _passed(hidden_states, *_, **__):
-    "The forward of a block that does nothing."
-    return hidden_states
 
 # %% ../../nbs/causal/head_runs.ipynb #head-runs-007
 @torch.inference_mode()
@@ -73,9 +68,8 @@ def runs_without(
     sub = part.subset(runs)
     hooks = [(f"blocks.{layer}.attn.hook_z", lambda value, hook: changed), *read_hooks(sub, metric)]
     with replaced_forwards(forwards):
-        given = before.repeat(n, 1, 1) if layer else part.tokens.to(before.device).repeat(n, 1)
-        where = dict(start_at_layer=layer) if layer else {}
-        logits = model.run_with_hooks(given, fwd_hooks=hooks, **where)
+        hooks += [given_stream(layer, before.repeat(n, 1, 1))] if layer else []
+        logits = model.run_with_hooks(part.tokens.to(before.device).repeat(n, 1), fwd_hooks=hooks)
     values = read_values(logits, sub, metric)
     return values.reshape(n, len(part), *values.shape[1:])
 

@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..models.architectures import ArchSpec
+from ..models.families import FAMILIES
+
 # %% ../../nbs/causal/reached.ipynb #reached-004
 _Tokens = tuple[Tensor, Tensor]  # those to compute, and which of them (or the zero behind them) every token takes
 
@@ -72,13 +75,24 @@ def _restore(module: torch.nn.Module, own: Callable | None) -> None:
     else:
         module.__dict__.pop("forward", None)
 
+# %% ../../nbs/causal/reached.ipynb #reached-skipped
+def skipped(model) -> Callable:
+    "The forward of a block that does nothing."
+    tuples = FAMILIES[ArchSpec.from_model(model).model_type].tuples
+    return lambda hidden_states, *_, **__: (hidden_states,) if tuples else hidden_states
+
+
+def given_stream(layer: int, stream: Float[Tensor, "run pos d_model"]) -> tuple[str, Callable]:
+    "The hook that puts a stream before `layer`; TransformerLens' own way, `start_at_layer`, is wrong for BLOOM."
+    return f"blocks.{layer}.hook_resid_pre", lambda value, hook: stream.to(value)
+
 # %% ../../nbs/causal/reached.ipynb #reached-008
 def reached_modules(model, start: int, reached: Tensor, prompt: Tensor) -> list[tuple[torch.nn.Module, Callable]]:
     """What takes the place of which module's `forward`.
 
     Blocks before `start` do nothing (TransformerLens would run them and discard what they return)."""
     changed, read = needed(reached, prompt)
-    found = [(block, lambda hidden_states, *_, **__: hidden_states) for block in model.blocks[:start]]
+    found = [(block, skipped(model)) for block in model.blocks[:start]]
     for block in model.blocks[start:]:
         q, k, v, o = (
             getattr(block.attn, n).original_component for n in "qkvo"

@@ -51,6 +51,7 @@ class ArchSpec:
     gains_from_one: bool = False
     parallel_norms: int = 2
     shared_expert: bool = False
+    gate_alternates: bool = False  # rows of gate and input matrix alternate in a fused one
     write_scale: float = 1.0
 
     def __post_init__(self):

@@ -19,9 +19,8 @@ class Family:
 
     read: Callable[[Any], dict]  # configuration -> fields of ArchSpec
     unfolded: str = ""  # why its weights can only be used raw
-    shown_by: str = (
-        ""  # method of TransformerLens' attention that is replaced so that scores are shown before bias and cap
-    )
+    tuples: bool = False  # its blocks return tuples
+    shown_by: str = ""  # method of TransformerLens' attention whose place `ShownScores` takes
 
 # %% ../../nbs/models/families.ipynb #families-007
 def llama_like(c: Any, **features: Any) -> dict:
@@ -55,7 +54,8 @@ def gpt_neox(c: Any) -> dict:
     found = dict(
         sizes(c), norm="layernorm", parallel_blocks=bool(c.use_parallel_residual), qkv_bias=bias, out_bias=bias
     )
-    return found | rotary(c)
+    refused = () if bias else ("queries, keys and values without biases (attention_bias=False)",)
+    return found | rotary(c) | dict(refused=refused)
 
 # %% ../../nbs/models/families.ipynb #families-008
 def gemma_like(c: Any, **features: Any) -> dict:
@@ -175,20 +175,22 @@ FAMILIES = {
     "qwen2_moe": Family(lambda c: experts(c, qkv_bias=bool(c.qkv_bias), refused=mixed_layers(c))),
     "qwen3_moe": Family(lambda c: experts(c, qk_norm="head", refused=mixed_layers(c))),
     "mixtral": Family(experts),
-    "gpt_neo": Family(lambda c: gpt2_like(c, qkv_bias=False, score_scale=1.0, windows=windows(c)), shown_by="forward"),
-    "gptj": Family(gptj, shown_by="forward"),
+    "gpt_neo": Family(
+        lambda c: gpt2_like(c, qkv_bias=False, score_scale=1.0, windows=windows(c)), tuples=True, shown_by="forward"
+    ),
+    "gptj": Family(gptj, tuples=True, shown_by="forward"),
     "phi": Family(phi),
     "phi3": Family(llama_like),
     "stablelm": Family(stablelm),
     "starcoder2": Family(starcoder2),
     "gpt_bigcode": Family(gpt_bigcode),
     "opt": Family(opt, shown_by="forward"),
-    "bloom": Family(bloom, shown_by="_reconstruct_attention"),
-    "mpt": Family(mpt, shown_by="_reconstruct_attention"),
-    "falcon": Family(falcon),
+    "bloom": Family(bloom, tuples=True, shown_by="_reconstruct_attention"),
+    "mpt": Family(mpt, tuples=True, shown_by="_reconstruct_attention"),
+    "falcon": Family(falcon, tuples=True),
     "granite": Family(lambda c: llama_like(c, score_scale=c.attention_multiplier, write_scale=c.residual_multiplier)),
     "smollm3": Family(lambda c: llama_like(c, rotary_layers=tuple(bool(r) for r in c.no_rope_layers))),
-    "gpt_oss": Family(lambda c: experts(c, sinks=True), unfolded=_MOE_FOLDING),
+    "gpt_oss": Family(lambda c: experts(c, sinks=True, gate_alternates=True), unfolded=_MOE_FOLDING),
     "cohere": Family(cohere),
     "gemma": Family(gemma_like),
 }

@@ -7,7 +7,7 @@ __all__ = ['weight_norms']
 
 # %% ../../nbs/norms/weight_files.ipynb #weight-files-002
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,15 @@ class TensorFiles:
         return self.get(name) if name in self.where else None
 
 # %% ../../nbs/norms/weight_files.ipynb #09-014
-def _chunked(x: Tensor, i: int, spec: ArchSpec) -> Tensor:
-    return x.chunk(3, -1)[i]
+def _contiguous(x: Tensor, i: int, spec: ArchSpec) -> Tensor:
+    "Queries of all heads, then keys, then values."
+    return x.split([n * spec.d_head for n in (spec.n_heads, spec.n_key_value_heads, spec.n_key_value_heads)], -1)[i]
 
 
 def _interleaved(x: Tensor, i: int, spec: ArchSpec) -> Tensor:
+    "Query, key and value of one head after another."
+    if spec.n_key_value_heads < spec.n_heads:
+        return _contiguous(x, i, spec)
     return x.reshape(*x.shape[:-1], spec.n_heads, 3, spec.d_head)[..., i, :].flatten(-2)
 
 
@@ -63,14 +67,15 @@ class Layout:
     "Where a family keeps its tensors: names below a layer's prefix."
 
     prefix: str
-    ln1: str
+    ln1: str  # empty: attention and MLP read the stream as it is
     ln2: str
     qkv: tuple[str, ...]  # one fused matrix, or W_Q, W_K, W_V
     out: str  # W_O
-    mlp: dict[str, str]
+    mlp: dict[str, str]  # W_gate_in: gate and input matrix in one
     part: Callable | None = None  # of the fused matrix: (tensor, 0 for Q, 1 for K, 2 for V, spec) -> tensor
     qk_norm: tuple[str, ...] = ()
     transposed: bool = False  # weights are stored [n_in n_out]
+    experts: str = "mlp"  # what the experts and their router lie below
 
 # %% ../../nbs/norms/weight_files.ipynb #weight-files-004
 _GPT2 = Layout(
@@ -80,7 +85,7 @@ _GPT2 = Layout(
     qkv=("attn.c_attn",),
     out="attn.c_proj",
     mlp=dict(W_in="mlp.c_fc", W_out="mlp.c_proj"),
-    part=_chunked,
+    part=_contiguous,
     transposed=True,
 )
 _NEOX = Layout(
@@ -101,9 +106,69 @@ _LLAMA = Layout(
     mlp=dict(W_gate="mlp.gate_proj", W_in="mlp.up_proj", W_out="mlp.down_proj"),
     qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
 )
-LAYOUTS = {"gpt2": _GPT2, "gpt_neox": _NEOX} | dict.fromkeys(
-    ("llama", "mistral", "qwen2", "qwen3", "olmo", "olmoe"), _LLAMA
+_GEMMA2 = replace(_LLAMA, ln2="pre_feedforward_layernorm")
+_GPTJ = replace(
+    _GPT2,
+    qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    out="attn.out_proj",
+    mlp=dict(W_in="mlp.fc_in", W_out="mlp.fc_out"),
+    part=None,
+    transposed=False,
 )
+_BLOOM = replace(_NEOX, prefix="h.{}", qkv=("self_attention.query_key_value",), out="self_attention.dense")
+
+# %% ../../nbs/norms/weight_files.ipynb #weight-files-007
+LAYOUTS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmoe", "qwen2_moe", "qwen3_moe", "gemma"), _LLAMA),
+    **dict.fromkeys(("granite", "smollm3", "cohere"), _LLAMA),
+    "gpt2": _GPT2,
+    "gpt_neox": _NEOX,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "olmo2": replace(_LLAMA, ln1="", ln2=""),
+    "mixtral": replace(
+        _LLAMA,
+        experts="block_sparse_moe",
+        mlp=dict(W_gate="block_sparse_moe.w1", W_in="block_sparse_moe.w3", W_out="block_sparse_moe.w2"),
+    ),
+    "stablelm": replace(_LLAMA, qk_norm=("self_attn.q_layernorm", "self_attn.k_layernorm")),
+    "starcoder2": replace(_LLAMA, mlp=dict(W_in="mlp.c_fc", W_out="mlp.c_proj")),
+    "phi": replace(_LLAMA, out="self_attn.dense", mlp=dict(W_in="mlp.fc1", W_out="mlp.fc2")),
+    "phi3": replace(
+        _LLAMA,
+        qkv=("self_attn.qkv_proj",),
+        part=_contiguous,
+        mlp=dict(W_gate_in="mlp.gate_up_proj", W_out="mlp.down_proj"),
+    ),
+    "gptj": _GPTJ,
+    "gpt_neo": replace(
+        _GPTJ,
+        qkv=tuple(f"attn.attention.{x}_proj" for x in "qkv"),
+        out="attn.attention.out_proj",
+        mlp=dict(W_in="mlp.c_fc", W_out="mlp.c_proj"),
+    ),
+    "gpt_bigcode": replace(_GPT2, transposed=False),
+    "opt": replace(
+        _LLAMA,
+        prefix="decoder.layers.{}",
+        ln1="self_attn_layer_norm",
+        ln2="final_layer_norm",
+        out="self_attn.out_proj",
+        mlp=dict(W_in="fc1", W_out="fc2"),
+    ),
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "mpt": replace(
+        _GPT2,
+        prefix="blocks.{}",
+        ln1="norm_1",
+        ln2="norm_2",
+        qkv=("attn.Wqkv",),
+        out="attn.out_proj",
+        mlp=dict(W_in="ffn.up_proj", W_out="ffn.down_proj"),
+        transposed=False,
+    ),
+}
 
 # %% ../../nbs/norms/weight_files.ipynb #weight-files-005
 @dataclass
@@ -142,9 +207,10 @@ class LayerReader:
         "Weight [d_model n_out] and bias of a matrix that reads the stream, folded if asked."
         if not self.folded:
             return W, b
-        gain, offset = (
-            self.files.maybe(self.name(layer, f"{getattr(self.layout, ln)}.{k}")) for k in ("weight", "bias")
-        )
+        one_norm = self.spec.parallel_blocks and self.spec.parallel_norms == 1
+        norm = self.layout.ln1 if one_norm else getattr(self.layout, ln)
+        gain, offset = (self.files.maybe(self.name(layer, f"{norm}.{k}")) for k in ("weight", "bias"))
+        gain = gain + 1.0 if gain is not None and self.spec.gains_from_one else gain
         if offset is not None:
             b = offset @ W + (0 if b is None else b)
         if gain is not None:
@@ -179,11 +245,18 @@ def _gains(reader: LayerReader, layer: int) -> Iterator[Tensor | None]:
     "QK-norm gains by head, or None."
     spec = reader.spec
     for name in reader.layout.qk_norm or (None, None):
-        g = None if name is None else reader.files.maybe(reader.name(layer, f"{name}.weight"))
+        start = None if name is None else reader.name(layer, name)
+        parts = [
+            f"{start}.norms.{h}.weight"
+            for h in range(spec.n_heads)
+            if f"{start}.norms.{h}.weight" in reader.files.where
+        ]
+        g = torch.cat([reader.files.get(n) for n in parts]) if parts else reader.files.maybe(f"{start}.weight")
         if g is None:
             yield None
-        else:
-            yield _by_head(g, spec) if len(g) > spec.d_head else g.expand(spec.n_heads, -1)
+            continue
+        g = g.flatten() + 1.0 if spec.gains_from_one else g.flatten()
+        yield _by_head(g, spec) if len(g) > spec.d_head else g.expand(spec.n_heads, -1)
 
 # %% ../../nbs/norms/weight_files.ipynb #weight-files-006
 def _read_heads(reader: LayerReader, layer: int) -> HeadWeights:
@@ -197,25 +270,37 @@ def _read_heads(reader: LayerReader, layer: int) -> HeadWeights:
     W_O, b_O = W_O.unflatten(0, (spec.n_heads, spec.d_head)), torch.zeros(spec.d_model) if b_O is None else b_O
     if reader.folded:
         b_O, b["V"] = b_O + torch.einsum("hd,hdm->m", b["V"], W_O), torch.zeros_like(b["V"])
-    return HeadWeights(W["Q"], W["K"], W["V"], W_O, b["Q"], b["K"], b["V"], b_O, *_gains(reader, layer))
+    return HeadWeights(
+        W["Q"], W["K"], W["V"], W_O, b["Q"], b["K"], b["V"], b_O, *_gains(reader, layer), spec.qk_norm == "heads"
+    )
+
+# %% ../../nbs/norms/weight_files.ipynb #weight-files-008
+def _read_part(reader: LayerReader, layer: int, name: str, part: str) -> Iterator[tuple[str, Tensor]]:
+    "(name, tensor) of one matrix of an MLP and its bias, a fused one in its two parts."
+    W, b = reader.linear(layer, part)
+    halves = [("W_gate", 0), ("W_in", 1)] if name == "W_gate_in" else [(name, None)]
+    for one, half in halves:
+        w, c = (x if x is None or half is None else x.chunk(2, -1)[half] for x in (W, b))
+        fold = reader.writing(w, c) if one == "W_out" else reader.reading(layer, "ln2", w, c, centre=one != "W_gate")
+        yield from ((key, x) for key, x in zip((one, one.replace("W", "b")), fold) if x is not None)
 
 
 def _read_mlp(reader: LayerReader, layer: int) -> Iterator[tuple[str, int | None, Tensor]]:
-    "(name, expert, tensor) of one layer's MLP, one matrix at a time."
-    spec, parts = reader.spec, reader.layout.mlp
+    "(name, expert, tensor) of one layer's MLP, one matrix at a time; a shared expert has no number."
+    spec, parts, below = reader.spec, reader.layout.mlp, f"{reader.layout.experts}."
     if spec.n_experts:
-        yield "router", None, reader.reading(layer, "ln2", *reader.linear(layer, "mlp.gate"))[0]
-    for expert in range(spec.n_experts) if spec.n_experts else [None]:
+        yield "router", None, reader.reading(layer, "ln2", *reader.linear(layer, f"{below}gate"))[0]
+    places = {expert: f"{below}experts.{expert}." for expert in range(spec.n_experts)} or {None: below}
+    if spec.shared_expert:
+        yield (
+            "shared_router",
+            None,
+            reader.reading(layer, "ln2", *reader.linear(layer, f"{below}shared_expert_gate"))[0],
+        )
+        places[None] = f"{below}shared_expert."
+    for expert, place in places.items():
         for name, part in parts.items():
-            part = part if expert is None else part.replace("mlp.", f"mlp.experts.{expert}.")
-            W, b = reader.linear(layer, part)
-            if name == "W_out":
-                W, b = reader.writing(W, b)
-            else:
-                W, b = reader.reading(layer, "ln2", W, b, centre=name != "W_gate")
-            yield name, expert, W
-            if b is not None:
-                yield name.replace("W", "b"), expert, b
+            yield from ((key, expert, x) for key, x in _read_part(reader, layer, name, part.replace(below, place)))
 
 # %% ../../nbs/norms/weight_files.ipynb #09-017
 def weight_norms(

@@ -25,9 +25,7 @@ WEIGHT_COLUMNS = ["layer", "head", "expert", "matrix", "metric", "value"]
 
 def head_rows(layer: int, w: HeadWeights) -> list[tuple]:
     "Rows of one layer's attention: products by both norms, factors and the output bias by Frobenius norm."
-    W_Q = w.W_Q if w.q_gain is None else w.W_Q * w.q_gain.unsqueeze(1)
-    W_K = w.W_K if w.k_gain is None else w.W_K * w.k_gain.unsqueeze(1)
-    products = {"W_OV": (w.W_V, w.W_O.mT), "W_QK": (W_Q, W_K)}
+    products = {"W_OV": (w.W_V, w.W_O.mT), "W_QK": (w.scored("q")[0], w.scored("k")[0])}
     values = {
         (name, metric): f(*pair)
         for name, pair in products.items()
@@ -58,6 +56,7 @@ def norm_frame(rows: list[tuple]) -> pd.DataFrame:
     return table
 
 # %% ../../nbs/norms/weights.ipynb #weights-002
+ROUTERS = dict(gate="router", router="router", shared_expert_gate="shared_router")  # of mixtures of experts
 MLP_PARTS = {  # name in the model -> part of W_in, W_gate, W_out; "gate_in": W_gate above W_in
     "c_fc": "in",
     "fc_in": "in",
@@ -66,6 +65,8 @@ MLP_PARTS = {  # name in the model -> part of W_in, W_gate, W_out; "gate_in": W_
     "up_proj": "in",
     "gate_proj": "gate",
     "gate_up_proj": "gate_in",
+    "gate_up_proj_bias": "gate_in",
+    "down_proj_bias": "out",
     "c_proj": "out",
     "fc_out": "out",
     "fc2": "out",
@@ -73,36 +74,46 @@ MLP_PARTS = {  # name in the model -> part of W_in, W_gate, W_out; "gate_in": W_
     "down_proj": "out",
 }
 
-
-def _split(part: str, expert: int | None, kind: str, tensor: Tensor) -> Iterator[tuple[str, int | None, Tensor]]:
-    if part == "gate_in":
-        gate, read = tensor.chunk(2)
-        yield f"{kind}_gate", expert, gate
-        yield f"{kind}_in", expert, read
-    else:
-        yield f"{kind}_{part}", expert, tensor
+# %% ../../nbs/norms/weights.ipynb #weights-004
+def split_gate(x: Tensor, alternating: bool, dim: int = 0) -> tuple[Tensor, Tensor]:
+    "(gate, the other) of a fused tensor: halves, or alternating entries of the last dimension."
+    return (x[..., ::2], x[..., 1::2]) if alternating else x.chunk(2, dim)
 
 
-def _loaded_mlp(mlp: Any) -> Iterator[tuple[str, int | None, Tensor]]:
-    "(name, expert, tensor) of a bridge's MLP; ValueError for a part that `MLP_PARTS` lacks."
+def _split(part: str, kind: str, tensor: Tensor, alternating: bool) -> Iterator[tuple[str, Tensor]]:
+    if part != "gate_in":
+        yield f"{kind}_{part}", tensor
+        return
+    gate, read = split_gate(tensor, alternating)
+    yield from ((f"{kind}_gate", gate), (f"{kind}_in", read))
+
+
+def _loaded_mlp(mlp: Any, spec: ArchSpec) -> Iterator[tuple[str, int | None, Tensor]]:
+    "(name, expert, tensor) of a bridge's MLP; a shared expert has no number. ValueError for a part that is not known."
     for key, tensor in mlp.named_parameters():
         path, tensor = key.replace("_original_component.", "").split("."), tensor.detach()
-        if path == ["gate", "weight"]:
-            yield "router", None, tensor
+        if "attn" in path[0] or "norm" in path[0] or path[0] in ("in", "gate") and not spec.n_experts:
+            continue  # OPT's MLP is its whole block; parts of a fused matrix that stands there too
+        kind = "b" if path[-1].endswith("bias") else "W"
+        if spec.n_experts and path[0] in ROUTERS:
+            yield ROUTERS[path[0]] if kind == "W" else f"{ROUTERS[path[0]]}_bias", None, tensor
             continue
         inside = path[0] == "experts"
-        name = path[1] if inside else path[0]
+        name = path[1] if inside or path[0] == "shared_expert" else path[0]
         if name not in MLP_PARTS:
             raise ValueError(f"MLP part {'.'.join(path)!r} is not known; known parts: {', '.join(MLP_PARTS)}")
-        for expert, part in enumerate(tensor) if inside else [(None, tensor)]:
-            yield from _split(MLP_PARTS[name], expert, "b" if path[-1] == "bias" else "W", part)
+        for expert, one in enumerate(tensor) if inside else [(None, tensor)]:
+            for label, part in _split(MLP_PARTS[name], kind, one, spec.gate_alternates):
+                yield label, expert, part
 
 # %% ../../nbs/norms/weights.ipynb #09-010
 def model_weight_norms(model: Any) -> pd.DataFrame:
     "Weight norms of a model in memory, with the processing it was loaded with: columns `WEIGHT_COLUMNS`."
     rows = []
-    for layer in range(ArchSpec.from_model(model).n_layers):
-        rows += head_rows(layer, head_weights(model, layer)) + mlp_rows(layer, _loaded_mlp(model.blocks[layer].mlp))
+    spec = ArchSpec.from_model(model)
+    for layer in range(spec.n_layers):
+        mlp = _loaded_mlp(model.blocks[layer].mlp, spec)
+        rows += head_rows(layer, head_weights(model, layer)) + mlp_rows(layer, mlp)
     return norm_frame(rows)
 
 # %% ../../nbs/norms/weights.ipynb #weights-003
