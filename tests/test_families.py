@@ -7,7 +7,6 @@ from functools import cached_property
 import numpy as np
 import pytest
 import torch
-import transformers as tf
 from conftest import random_tokens
 from families import FAMILIES as CONFIGS
 from families import tiny_family
@@ -18,12 +17,10 @@ from spectral_nb.attention.components import component_outputs, through_norm
 from spectral_nb.attention.pairs import pair_scores, pairs_where, valid_pairs
 from spectral_nb.attention.terms import slice_terms
 from spectral_nb.models.architectures import ArchSpec
-from spectral_nb.models.config_reading import KINDS
-from spectral_nb.models.families import FAMILIES, SUPPORTED
+from spectral_nb.models.families import FAMILIES
 from spectral_nb.models.heads import apply_rotation, head_weights, rotation
 from spectral_nb.models.loading import from_hf, load_model
 from spectral_nb.models.positions import alibi_slopes
-from spectral_nb.models.refusals import refuse_unsupported
 from spectral_nb.norms.weight_files import weight_norms
 from spectral_nb.norms.weights import model_weight_norms
 from spectral_nb.tracing.interventions import edge_interventions

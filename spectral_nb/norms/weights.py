@@ -66,6 +66,8 @@ MLP_PARTS = {  # name in the model -> part of W_in, W_gate, W_out; "gate_in": W_
     "gate_proj": "gate",
     "gate_up_proj": "gate_in",
     "gate_up_proj_bias": "gate_in",
+    "gate": "gate",
+    "in": "in",
     "down_proj_bias": "out",
     "c_proj": "out",
     "fc_out": "out",
@@ -90,10 +92,11 @@ def _split(part: str, kind: str, tensor: Tensor, alternating: bool) -> Iterator[
 
 def _loaded_mlp(mlp: Any, spec: ArchSpec) -> Iterator[tuple[str, int | None, Tensor]]:
     "(name, expert, tensor) of a bridge's MLP; a shared expert has no number. ValueError for a part that is not known."
-    for key, tensor in mlp.named_parameters():
-        path, tensor = key.replace("_original_component.", "").split("."), tensor.detach()
-        if "attn" in path[0] or "norm" in path[0] or path[0] in ("in", "gate") and not spec.n_experts:
-            continue  # OPT's MLP is its whole block; parts of a fused matrix that stands there too
+    named = [(key.replace("_original_component.", "").split("."), p.detach()) for key, p in mlp.named_parameters()]
+    split = not spec.n_experts and any(path[0] == "in" for path, _ in named)  # its two parts are used, and folded
+    for path, tensor in named:
+        if "attn" in path[0] or "norm" in path[0] or (split and path[0] == "gate_up_proj"):
+            continue  # OPT's MLP is its whole block
         kind = "b" if path[-1].endswith("bias") else "W"
         if spec.n_experts and path[0] in ROUTERS:
             yield ROUTERS[path[0]] if kind == "W" else f"{ROUTERS[path[0]]}_bias", None, tensor
