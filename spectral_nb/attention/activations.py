@@ -7,7 +7,7 @@ __all__ = ['Activations', 'capture']
 
 # %% ../../nbs/attention/activations.ipynb #03-002
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from ..base.arguments import checked
 from ..base.checks import check_finite, check_int
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
-from ..models.verification import qk_norm_scales
+from ..models.heads import input_hook
+from ..models.verification import qk_norm_scales, score_hooks
 from ..prompts.batches import PromptBatch
 
 # %% ../../nbs/attention/activations.ipynb #03-005
@@ -31,13 +32,15 @@ class Activations:
     layers: tuple[int, ...]
     x: Float[Tensor, "layer batch pos d_model"]  # what W_Q reads, after the norm
     ln_scale: Float[Tensor, "layer batch pos"]  # what the norm divided by
-    scores: Float[Tensor, "layer batch head q_pos k_pos"] | None  # over sqrt(d_head)
+    scores: Float[Tensor, "layer batch head q_pos k_pos"] | None  # times the family's scale; no bias or cap
     pattern: Float[Tensor, "layer batch head q_pos k_pos"] | None
     z: Float[Tensor, "layer batch pos head d_head"] | None  # head outputs before W_O
     q_scale: Float[Tensor, "layer batch pos head"] | None  # what the norm on queries divided by
     k_scale: Float[Tensor, "layer batch pos head"] | None
     logits: Float[Tensor, "batch pos d_vocab"] | None
     lengths: Int[Tensor, " batch"]  # tokens that are not padding
+    out_scale: Float[Tensor, "layer batch pos"] | None = None  # what a norm after attention divided by
+    windows: tuple[int | None, ...] = ()  # keys that a query sees, by layer of the model; empty: all before it
 
     def index(self, layer: int) -> int:
         "Where `layer` is on the first axis."
@@ -66,16 +69,17 @@ def token_batch(model, tokens) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " 
     return tokens, lengths
 
 # %% ../../nbs/attention/activations.ipynb #03-005c
-def _hook_names(spec: ArchSpec, layers, scores: bool, z: bool) -> dict[str, str]:
-    "Field -> hook, with `{}` for the layer."
-    names = {"x": "blocks.{}.ln1.hook_out", "ln_scale": "blocks.{}.ln1.hook_scale"}
+def _hook_names(spec: ArchSpec, layers, scores: bool, z: bool) -> dict[str, list[str]]:
+    "Field -> hooks by layer."
+    here = {"x": [input_hook(spec, layer) for layer in layers]}
+    names = {"ln_scale": "ln1.hook_scale"} if spec.norm_before else {}
+    if spec.norm_after:
+        names |= {"out_scale": "ln1_post.hook_scale"}
     if scores:
-        names |= {"scores": "blocks.{}.attn.hook_attn_scores", "pattern": "blocks.{}.attn.hook_pattern"}
+        names |= {"scores": "attn.hook_attn_scores", "pattern": "attn.hook_pattern"}
     if z:
-        names |= {"z": "blocks.{}.attn.hook_z"}
-    if spec.qk_norm:
-        names |= {f"{s}_norm": f"blocks.{{}}.attn.{s}_norm.hook_scale" for s in "qk"}
-    return names
+        names |= {"z": "attn.hook_z"}
+    return here | {field: [f"blocks.{layer}.{name}" for layer in layers] for field, name in names.items()}
 
 # %% ../../nbs/attention/activations.ipynb #03-005x
 _UNSEEN = ("hook_attn_scores",)  # minus infinity where a key comes after its query
@@ -133,7 +137,7 @@ def capture(
     if not layers:
         raise ValueError("layers is empty; name at least one or leave it out for all")
     names = _hook_names(spec, layers, scores, z)
-    wanted = {n.format(layer) for n in names.values() for layer in layers}
+    wanted = {n for field in names.values() for n in field} | {n for ly in layers for n in score_hooks(model, ly)}
     chunks = []
     for part in progress(tokens.split(check_int("batch_size", batch_size, 1)), desc="activations"):
         if logits:
@@ -143,13 +147,14 @@ def capture(
             refuse_non_finite("logits", out)
         else:
             out, cache = None, run_to(model, part, wanted)
-        got = {f: [cache[n.format(layer)] for layer in layers] for f, n in names.items() if not f.endswith("_norm")}
+        got = {field: [cache[n] for n in hooks] for field, hooks in names.items()}
+        got.setdefault("ln_scale", [torch.ones_like(x[..., :1]) for x in got["x"]])
         if spec.qk_norm:
             scales = [qk_norm_scales(model, cache, layer) for layer in layers]
             got["q_scale"], got["k_scale"] = zip(*scales, strict=True)
         chunks.append({f: torch.stack([exact(v) for v in values]) for f, values in got.items()})
         chunks[-1]["logits"] = out.float() if logits else None
-    return _assemble(layers, chunks, lengths)
+    return replace(_assemble(layers, chunks, lengths), windows=spec.windows)
 
 # %% ../../nbs/attention/activations.ipynb #03-005f
 def exact(x: Tensor) -> Tensor:
@@ -164,6 +169,6 @@ def _assemble(layers: list[int], chunks: list[dict], lengths: Tensor) -> Activat
         f: torch.cat([c[f] for c in chunks], 0 if f == "logits" else 1) if len(chunks) > 1 else chunks[0][f]
         for f in kept
     }
-    whole["ln_scale"] = whole["ln_scale"].squeeze(-1)
+    whole |= {f: whole[f].squeeze(-1) for f in ("ln_scale", "out_scale") if f in whole}
     whole |= {"layers": tuple(layers), "lengths": lengths.to(whole["x"].device)}
     return Activations(**{f.name: whole.get(f.name) for f in fields(Activations)})

@@ -17,7 +17,7 @@ from ..base.arguments import checked, shown
 from .activations import exact, refuse_non_finite, run_to, token_batch
 from ..base.checks import check_int, head_name
 from ..models.architectures import ArchSpec
-from ..models.heads import head_weights
+from ..models.heads import as_written, head_weights, norm_gain
 
 # %% ../../nbs/attention/components.ipynb #comp-004
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def component_hooks(model, layer: int) -> list[str]:
     names = ["hook_embed", *(["hook_pos_embed"] if spec.positions == "learned" else [])]
     for below in range(layer):
         names += [f"blocks.{below}.attn.hook_z", f"blocks.{below}.hook_mlp_out"]
+        names += [f"blocks.{below}.ln1_post.hook_scale"] if spec.norm_after else []
     last = f"blocks.{layer}.hook_resid_pre" if layer < spec.n_layers else f"blocks.{layer - 1}.hook_resid_post"
     return [*names, last]
 
@@ -75,8 +76,10 @@ def component_outputs(
         values.append(exact(cache["hook_pos_embed"]).expand_as(stream))
     for below in range(layer):
         w, z = head_weights(model, below), exact(cache[f"blocks.{below}.attn.hook_z"])
-        values += torch.einsum("bphd,hdm->hbpm", z, w.W_O.to(z)).unbind(0)
-        values += [w.b_O.to(z).expand_as(stream), exact(cache[f"blocks.{below}.hook_mlp_out"])]
+        after = exact(cache[f"blocks.{below}.ln1_post.hook_scale"])[..., 0] if spec.norm_after else None
+        values += as_written(model, below, torch.einsum("bphd,hdm->hbpm", z, w.W_O.to(z)), after).unbind(0)
+        bias = as_written(model, below, w.b_O.to(z).expand_as(stream), after)
+        values += [bias, exact(cache[f"blocks.{below}.hook_mlp_out"])]
     values = torch.stack(values)
     error = (values.sum(0) - stream).abs().max() / stream.abs().max().clamp_min(1e-30)
     for name in names:
@@ -87,10 +90,15 @@ def component_outputs(
 
 # %% ../../nbs/attention/components.ipynb #comp-004d
 def read_gain(model, layer: int) -> Float[Tensor, " d_model"]:
-    "Gain of the norm before attention: ones for folded weights and for a norm without parameters."
-    gain = dict(model.blocks[layer].ln1.named_parameters()).get("_original_component.weight")
+    "Gain of the norm before attention: ones for folded weights, without parameters and where there is no norm."
     spec = ArchSpec.from_model(model)
-    return torch.ones(spec.d_model, device=model.cfg.device) if gain is None else gain.detach().float()
+    gain = norm_gain(model, model.blocks[layer].ln1) if spec.norm_before else None
+    return torch.ones(spec.d_model, device=model.cfg.device) if gain is None else gain.float()
+
+# %% ../../nbs/attention/components.ipynb #comp-004f
+def centred(spec: ArchSpec) -> bool:
+    "Whether attention reads the stream less its mean."
+    return spec.norm_before and "layernorm" in spec.norm
 
 # %% ../../nbs/attention/components.ipynb #comp-004e
 @checked
@@ -104,6 +112,6 @@ def through_norm(
     values, ln_scale = torch.as_tensor(values), torch.as_tensor(ln_scale)
     if not (ln_scale > 0).all():
         raise ValueError("ln_scale must be above 0, as what a norm divides by is")
-    if "layernorm" in ArchSpec.from_model(model).norm:
+    if centred(ArchSpec.from_model(model)):
         values = values - values.mean(-1, keepdim=True)
     return values / ln_scale.unsqueeze(-1) * read_gain(model, layer)

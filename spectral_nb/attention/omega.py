@@ -34,14 +34,12 @@ def qk_factors(
 ) -> tuple[Float[Tensor, "head rows d_head"], Float[Tensor, "head rows d_head"]]:
     "`left, right` of `Omega = left @ right.mT` for every query head, QK-norm gains and the rotation folded in."
     w = head_weights(model, layer)
-    left, right = w.W_Q, w.W_K
+    (left, b_left), (right, b_right) = w.scored("q"), w.scored("k")
     if bias:
-        left = torch.cat([left, w.b_Q.unsqueeze(1)], 1)
-        right = torch.cat([right, w.b_K.unsqueeze(1)], 1)
-    if w.q_gain is not None:
-        left, right = left * w.q_gain.unsqueeze(1), right * w.k_gain.unsqueeze(1)
+        left = torch.cat([left, b_left.unsqueeze(1)], 1)
+        right = torch.cat([right, b_right.unsqueeze(1)], 1)
     if check_offset(model, offset or 0):
-        right = _rotate(model, right, [offset])[0]
+        right = _rotate(model, layer, right, [offset])[0]
     return left, right
 
 
@@ -57,13 +55,14 @@ def check_offset(model, offset: int) -> int:
     return check_int("offset", offset, 1 - n_ctx, n_ctx - 1)
 
 
-def _rotate(model, x: Tensor, offsets) -> Float[Tensor, "offset *batch d_head"]:
-    "Rows of `x` turned by each offset; `x` itself (one offset) where positions are not rotary."
-    turn = rotation(model, torch.as_tensor(offsets, device=x.device))
+def _rotate(model, layer: int, x: Tensor, offsets) -> Float[Tensor, "offset *batch d_head"]:
+    "Rows of `x` turned by each offset; `x` itself (one offset) where the layer's positions are not rotary."
+    turn = rotation(model, torch.as_tensor(offsets, device=x.device), layer)
     if turn is None:
         return x.unsqueeze(0)
     cos, sin = (t.to(x).view(len(t), *[1] * (x.ndim - 1), -1) for t in turn)
-    return apply_rotation(x.expand(len(cos), *x.shape), cos, sin)
+    interleaved = ArchSpec.from_model(model).rotary_interleaved
+    return apply_rotation(x.expand(len(cos), *x.shape), cos, sin, interleaved)
 
 # %% ../../nbs/attention/omega.ipynb #03-008b
 omega_cache = TensorCache(max_bytes=1 << 30)  # decompositions by weights hash and offset, in memory
@@ -83,7 +82,7 @@ def qk_hash(model, layer: int) -> str:
     known = _hashes.setdefault(model, {})
     if layer not in known or known[layer][0] != state:
         digest = hashlib.sha256(repr(ArchSpec.from_model(model)).encode())  # heads and rotation are no weights
-        if (turn := rotation(model, torch.arange(2))) is not None:
+        if (turn := rotation(model, torch.arange(2), layer)) is not None:
             digest.update(_bytes(torch.stack(turn)))
         for n, p in named:
             digest.update(f"{n}{tuple(p.shape)}{p.dtype}".encode())
@@ -123,17 +122,17 @@ def omega_cores(model, layer: int, offsets: list[int]) -> tuple[Tensor, ...]:
     missing = [o for o in offsets if found[o] is None]
     for start in range(0, len(missing), 64):  # bounds the memory of one batch of decompositions
         some = missing[start : start + 64]
-        for o, parts in zip(some, _core_svds(model, omega_bases(model, layer, weights), some), strict=True):
+        for o, parts in zip(some, _core_svds(model, layer, omega_bases(model, layer, weights), some), strict=True):
             found[o] = parts
             omega_cache.put(keys[o], parts)
             omega_store.put(keys[o], parts)
     return tuple(torch.stack(parts) for parts in zip(*(found[o] for o in offsets), strict=True))
 
 
-def _core_svds(model, bases: tuple[Tensor, ...], offsets: list[int]):
+def _core_svds(model, layer: int, bases: tuple[Tensor, ...], offsets: list[int]):
     "`Uc, S, Vc` of every offset: one batched decomposition of all heads and offsets."
     q_basis, c_q, _, c_k = bases
-    Uc, S, Vh = torch.linalg.svd(c_q @ _rotate(model, c_k, offsets).mT)
+    Uc, S, Vh = torch.linalg.svd(c_q @ _rotate(model, layer, c_k, offsets).mT)
     side = (sign_weights(q_basis.shape[1], q_basis) @ q_basis).unsqueeze(1) @ Uc
     sign = torch.where(side < 0, -1.0, 1.0).to(Uc)
     for parts in zip(Uc * sign, S, Vh.mT * sign, strict=True):
@@ -153,7 +152,7 @@ class OmegaSVD:
 # %% ../../nbs/attention/omega.ipynb #03-008f
 def omega_vectors(model, layer: int, offset: int) -> tuple[Tensor, Tensor, Tensor]:
     "`U, S, V` of one layer, the reconstruction of every head checked; kept where the offset does not matter."
-    if ArchSpec.from_model(model).positions == "rotary":
+    if ArchSpec.from_model(model).rotates(layer):
         q_basis, _, k_basis, _ = omega_bases(model, layer)
         Uc, S, Vc = (x[0] for x in omega_cores(model, layer, [offset]))
         U, V = q_basis @ Uc, k_basis @ Vc

@@ -56,15 +56,18 @@ class Pairs:
         return {**names, "name": np.array(heads, dtype=object)}
 
 # %% ../../nbs/attention/pairs.ipynb #pairs-005b
-def valid_pairs(acts: Activations) -> Bool[Tensor, "batch q_pos k_pos"]:
-    "Causal pairs of tokens that are not padding."
+def valid_pairs(acts: Activations, layer: int | None = None) -> Bool[Tensor, "batch q_pos k_pos"]:
+    "Causal pairs of tokens that are not padding, and inside the window of `layer`."
     pos = torch.arange(acts.x.shape[2], device=acts.x.device)
-    return (pos[:, None] >= pos) & (pos[:, None] < acts.lengths[:, None, None])
+    valid = (pos[:, None] >= pos) & (pos[:, None] < acts.lengths[:, None, None])
+    window = acts.windows[layer] if acts.windows and layer is not None else None
+    return valid if window is None else valid & (pos[:, None] - pos < window)
 
 
 def pairs_where(acts: Activations, keep: Bool[Tensor, "layer batch head q_pos k_pos"]) -> Pairs:
     "The pairs where `keep` is true, ordered by layer, head, prompt, q_pos, k_pos."
-    layer, head, prompt, q_pos, k_pos = (keep & valid_pairs(acts)[None, :, None]).transpose(1, 2).nonzero().unbind(1)
+    valid = torch.stack([valid_pairs(acts, layer) for layer in acts.layers])
+    layer, head, prompt, q_pos, k_pos = (keep & valid[:, :, None]).transpose(1, 2).nonzero().unbind(1)
     return Pairs(prompt, torch.as_tensor(acts.layers, device=layer.device)[layer], head, q_pos, k_pos)
 
 # %% ../../nbs/attention/pairs.ipynb #pairs-005c
@@ -89,7 +92,7 @@ def firings(
 
 @checked
 def pair_scores(acts: Activations, pairs: Pairs) -> Float[Tensor, " n"]:
-    "The model's own attention scores at the pairs, over sqrt(d_head)."
+    "The model's own attention scores at the pairs: products times scale, before bias and cap."
     layer = layer_index(acts, pairs)
     return acts.scores[layer, pairs.prompt, pairs.head, pairs.q_pos, pairs.k_pos]
 

@@ -39,7 +39,7 @@ class SliceData:
 
     @property
     def terms(self) -> Float[Tensor, "n d_head"]:
-        "What each slice adds to attn_score * sqrt(d_head)."
+        "What each slice adds to attn_score / score_scale."
         return self.a * self.sigma * self.b
 
     def __len__(self) -> int:
@@ -72,10 +72,10 @@ def measure_slices(
 def non_firings(acts: Activations, like: Pairs, threshold: float = 0.5, seed: int = 0) -> Pairs:
     "For every head in `like`, as many random pairs (or all there are) where it does not fire, key 0 left out."
     rng, parts = np.random.default_rng(seed), []
-    quiet = valid_pairs(acts).clone()
-    quiet[..., 0] = False
     for layer, head in torch.stack([like.layer, like.head], 1).unique(dim=0).tolist():
         n = int(((like.layer == layer) & (like.head == head)).sum())
+        quiet = valid_pairs(acts, layer)
+        quiet[..., 0] = False
         where = (quiet & (acts.pattern[acts.index(layer), :, head] < threshold)).nonzero()
         where = where[torch.as_tensor(rng.permutation(len(where))[:n])]
         parts.append(torch.cat([where[:, :1], torch.tensor([[layer, head]]).expand(len(where), 2), where[:, 1:]], 1))

@@ -22,7 +22,7 @@ from ..attention.pairs import Pairs, firings
 from ..base.checks import check_int, head_name
 from ..base.intervals import bootstrap_ci
 from ..models.architectures import ArchSpec
-from ..models.heads import head_weights
+from ..models.heads import as_written, head_weights
 from .options import TraceOptions
 from .targets import end_directions, part_target
 
@@ -37,13 +37,19 @@ def root_firings(acts: Activations, pairs: Pairs, part: Any, roots, options: Tra
     return keep
 
 # %% ../../nbs/tracing/roots.ipynb #roots-005
+def _direct_effects(model: Any, acts: Activations, layer: int, rows, end, direction) -> Float[Tensor, "batch head"]:
+    "Dot products of what a layer's heads wrote at the end with the direction there."
+    wrote = torch.einsum("bhd,hdm->hbm", acts.z[layer, rows, end], head_weights(model, layer).W_O)
+    after = None if acts.out_scale is None else acts.out_scale[layer, rows, end]
+    return torch.einsum("hbm,bm->bh", as_written(model, layer, wrote, after), direction)
+
+
 def _part_attribution(model: Any, part: Any, options: TraceOptions) -> tuple[Tensor, Tensor]:
     "(direct effect, whether it fires) of every prompt, layer and head."
     spec, acts = ArchSpec.from_model(model), capture(model, part, logits=False)
     rows, end = torch.arange(len(part), device=acts.x.device), part.at(options.q_role).to(acts.x.device)
     direction = end_directions(model, part, options.target, options.q_role)
-    W_O = torch.stack([head_weights(model, layer).W_O for layer in range(spec.n_layers)])  # [layer head d_head d_model]
-    effect = torch.einsum("lbhd,lhdm,bm->blh", acts.z[:, rows, end], W_O, direction)
+    effect = torch.stack([_direct_effects(model, acts, layer, rows, end, direction) for layer in acts.layers], 1)
     every = [(a, h) for a in range(spec.n_layers) for h in range(spec.n_heads)]
     p = firings(acts, part, options.threshold)
     p = p[root_firings(acts, p, part, every, options)]

@@ -99,8 +99,8 @@ def end_directions(
     at = torch.arange(len(part), device=model.cfg.device), part.at(role).to(model.cfg.device)
     scale, read = (exact(cache[name])[at] for name in names)
     direction = target_rows(model, part, target, read)
-    gain = dict(model.ln_final.named_parameters()).get("_original_component.weight")
-    direction = direction if gain is None else direction * exact(gain.detach())
+    gain = norm_gain(model, model.ln_final)
+    direction = direction if gain is None else direction * gain
     if "layernorm" in spec.norm:
         direction = direction - direction.mean(-1, keepdim=True)
     return direction / scale.reshape(-1, 1)

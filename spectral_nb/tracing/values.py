@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attention.activations import Activations
-from ..attention.components import read_gain
+from ..attention.components import centred, read_gain
 from ..attention.pairs import Pairs
 from ..attention.spectra import factored_svd
 from ..models.architectures import ArchSpec
-from ..models.heads import head_weights
+from ..models.heads import as_written, head_weights
 from .reading import slice_mask
 
 # %% ../../nbs/tracing/values.ipynb #values-005
@@ -48,12 +48,13 @@ def _heads(pairs: Pairs):
 def _as_read(model: Any, layer: int, U: Float[Tensor, "head d_model sv"]) -> Tensor:
     "Left singular vectors as directions of the stream: times the norm's gain, centred where the norm centres."
     U = U * read_gain(model, layer)[:, None].to(U)
-    return U - U.mean(1, keepdim=True) if "layernorm" in ArchSpec.from_model(model).norm else U
+    return U - U.mean(1, keepdim=True) if centred(ArchSpec.from_model(model)) else U
 
 
 def _constant(model: Any, layer: int, U: Float[Tensor, "head rows sv"]) -> Float[Tensor, "head sv"]:
     "What every slice reads of every token: of the appended 1, and of the norm's bias where that is not folded."
-    bias = dict(model.blocks[layer].ln1.named_parameters()).get("_original_component.bias")
+    norm = model.blocks[layer].ln1 if ArchSpec.from_model(model).norm_before else None
+    bias = None if norm is None else dict(norm.named_parameters()).get("_original_component.bias")
     return U[:, -1] if bias is None else U[:, -1] + bias.detach().to(U) @ U[:, :-1]
 
 
@@ -64,6 +65,8 @@ def value_readings(
     layer = int(pairs.layer[0])
     i, (U, S, V) = acts.index(layer), value_svd(model, layer)
     attention = acts.pattern[i, pairs.prompt, pairs.head, pairs.q_pos, pairs.k_pos].unsqueeze(1)
+    after = None if acts.out_scale is None else acts.out_scale[i, pairs.prompt, pairs.q_pos]
+    directions = as_written(model, layer, directions, after)  # the norm after attention, given its scale, is diagonal
     written, read = acts.x.new_empty(len(pairs), S.shape[1]), acts.x.new_empty(len(pairs), S.shape[1])
     x = acts.x[i, pairs.prompt, pairs.k_pos]
     for head, at in _heads(pairs):
