@@ -20,7 +20,7 @@ from ..base.intervals import bootstrap_ci, exact_p
 from ..base.progress import progress
 from ..causal.ablation import ablate_heads, run_once
 from ..causal.matched_sets import head_list, matched_random
-from ..causal.reached import replaced_forwards
+from ..causal.reached import given_stream, replaced_forwards, skipped
 from ..causal.set_tests import set_verdict
 from ..models.architectures import ArchSpec
 
@@ -45,10 +45,10 @@ def end_logits(
     rows, end = torch.arange(len(tokens), device=model.cfg.device), end.to(model.cfg.device)
     unembed = model.unembed.forward
     forwards = [(model.unembed, lambda x, *args, **kwargs: unembed(x[rows, end][:, None], *args, **kwargs))]
-    forwards += [(block, lambda hidden_states, *_, **__: hidden_states) for block in model.blocks[:start]]
-    given, where = (tokens.to(model.cfg.device), {}) if stream is None else (stream, {"start_at_layer": start})
+    forwards += [(block, skipped(model)) for block in model.blocks[:start]]
+    hooks = [*hooks] if stream is None else [given_stream(start, stream), *hooks]
     with replaced_forwards(forwards):
-        out = model.run_with_hooks(given, return_type="logits", fwd_hooks=list(hooks), **where)[:, 0].float()
+        out = model.run_with_hooks(tokens.to(model.cfg.device), return_type="logits", fwd_hooks=hooks)[:, 0].float()
     if not out.isfinite().all():
         raise ValueError(f"model: {int((~out.isfinite()).any(1).sum())} of {len(out)} prompts have logits not finite")
     return out

@@ -77,7 +77,9 @@ def root_weights(
         mine, W_O, i = (pairs.layer == layer).nonzero().squeeze(1), head_weights(model, layer).W_O, acts.index(layer)
         p = pairs[mine]
         z = acts.z[i, p.prompt, p.q_pos, p.head]
-        written = torch.einsum("nd,ndm,nm->n", z, W_O.to(z)[p.head], directions[p.prompt].to(z))
+        after = None if acts.out_scale is None else acts.out_scale[i, p.prompt, p.q_pos]
+        along = as_written(model, layer, directions[p.prompt].to(z), after)
+        written = torch.einsum("nd,ndm,nm->n", z, W_O.to(z)[p.head], along)
         weight[mine] = written.double().clamp_min(0.0)
     attention = at[_places(acts, pairs), pairs.prompt, pairs.head, pairs.q_pos, pairs.k_pos].double()
     weight = weight * attention / total_at_nodes(pairs, attention)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention.activations import exact, run_to
 from ..models.architectures import ArchSpec
+from ..models.heads import norm_gain
 
 # %% ../../nbs/tracing/targets.ipynb #targets-006
 def top_tokens(probability: Float[Tensor, "prompt d_vocab"], share: float) -> Bool[Tensor, "prompt d_vocab"]:
