@@ -13,7 +13,8 @@ from typing import Any
 from ..base.checks import unknown_name_error
 from ..base.paths import inside, zoo_dir
 from ..base.runs import stable_hash
-from .architectures import ArchSpec, refuse_unsupported
+from .architectures import ArchSpec
+from .refusals import refuse_unsupported
 from .gguf_files import file_sha256, gguf_folder, gguf_in
 from spectral_nb.models.revisions import (
     REAL_MODELS,
