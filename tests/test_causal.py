@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, D_VOCAB, random_tokens, tiny_hf
 
+from spectral_nb.attention.activations import capture
 from spectral_nb.base.claims import claims_table
 from spectral_nb.base.intervals import Interval, bootstrap_ci, exact_p, permutation_p, wilson
 from spectral_nb.causal.ablation import ablate_heads, ablated_values, reference_outputs
@@ -52,6 +54,35 @@ def test_zeroing_equals_subtracting_what_the_heads_write(tiny_model, architectur
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-4)
         assert (found - base).abs().max() > 1e-3
         assert torch.equal(logits_of(model, tokens), base)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama"])
+def test_zero_of_the_raw_weights_from_folded_ones(tiny_model, architecture):
+    "Folding leaves a zeroed head its value bias; `zero_raw` does not, and is the plain zero of raw weights."
+    raw, folded = (tiny_model(architecture, processing) for processing in ("raw", "folded"))
+    heads, tokens = [(0, 1), (1, 0), (1, 3)], random_tokens()
+
+    def without(model, mode):
+        with ablate_heads(model, heads, mode):
+            return logits_of(model, tokens).log_softmax(-1)
+
+    expected = without(raw, "zero")
+    torch.testing.assert_close(without(folded, "zero_raw"), expected, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(without(raw, "zero_raw"), expected)
+    biased = architecture != "llama"
+    assert ((without(folded, "zero") - expected).abs().max() > 0.1) == biased
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_run(tiny_model):
+    model, batch = tiny_model("gpt2"), toy_batch()
+    outside = [
+        (dict(tokens=batch.tokens + D_VOCAB), "tokens .padding included.: row 0"),
+        (dict(answer=batch.answer + D_VOCAB), "answer .padding included.: row 0"),
+    ]
+    for change, message in outside:
+        for use in (evaluate, capture):
+            with pytest.raises(ValueError, match=message if use is evaluate or "answer" in message else "vocabulary"):
+                use(model, replace(batch, **change))
 
 
 def test_model_is_restored_bit_for_bit_also_after_an_exception(tiny_model):

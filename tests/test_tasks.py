@@ -368,12 +368,7 @@ def smollm2():
 
 
 def test_every_task_with_the_tokenizer_of_smollm2(smollm2):
-    for task in TASKS:
-        batch = make_batch(task, smollm2, 24, seed=3)
-        assert len(batch) == 24 and not batch.note
-        for i in range(24) if task != "text" else ():
-            ids = batch.tokens[i, 1 : batch.lengths[i]]
-            assert smollm2.decode(ids) == batch.text[i]
+    check_every_task(smollm2)
     check_ioi(smollm2, ioi(smollm2, 48, seed=3), " ")
     names = {n for t in ioi(smollm2, 600).text for n in names_in(t)}
     assert len(names) >= 40
@@ -381,6 +376,26 @@ def test_every_task_with_the_tokenizer_of_smollm2(smollm2):
     batch = retrieval(smollm2, 24)
     assert all(word(smollm2, batch, "key", i) == smollm2.decode([batch.answer[i]]) for i in range(24))
     assert all(batch.text[i].count(word(smollm2, batch, "key", i)) == 1 for i in range(24))
+
+
+def check_every_task(tokenizer):
+    "24 prompts of each task, whose tokens are their text; answers and rivals are different words of the vocabulary."
+    for task in TASKS:
+        batch = make_batch(task, tokenizer, 24, seed=3)
+        assert len(batch) == 24 and not batch.note
+        for i in range(24) if task != "text" else ():
+            ids = batch.tokens[i, 1 : batch.lengths[i]]
+            assert tokenizer.decode(ids) == batch.text[i]
+            assert tokenizer.decode([batch.answer[i]]).strip()
+        if batch.wrong is not None:
+            assert (batch.answer != batch.wrong).all()
+
+
+@needs_reference
+def test_every_task_with_the_tokenizer_of_gpt2(gpt2):
+    check_every_task(gpt2)
+    assert len(code_words(prompt_source(gpt2))) >= 512
+    assert len({n for t in ioi(gpt2, 600).text for n in names_in(t)}) >= 40
 
 
 @needs_reference

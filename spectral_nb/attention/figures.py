@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..base.checks import head_name
-from ..base.plots import COLORS, figure, plot_hist, plot_intervals, plot_lines
+from ..base.plots import COLORS, figure, literal, plot_hist, plot_intervals, plot_lines
 from .slices import SliceData, signal_to_clutter
 
 # %% ../../nbs/attention/figures.ipynb #09-005
@@ -27,7 +27,7 @@ def terms_figure(named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
         ax.set(
             xlabel="slice, by descending singular value",
             ylabel="contribution to A'",
-            title=f"{title}\nA' = {terms.sum():.2f}, |S| = {int(mask.sum())} of {len(terms)}",
+            title=f"{literal(title)}\nA' = {terms.sum():.2f}, |S| = {int(mask.sum())} of {len(terms)}",
         )
     return fig
 
@@ -43,7 +43,11 @@ def use_figure(named: Mapping[str, SliceData], layer: int, head: int, max_prompt
             np.stack([mask[prompts == p].mean(0).numpy() for p in some], 1) if some else np.zeros((mask.shape[1], 1))
         )
         drawn = ax.imshow(image, aspect="auto", vmin=0, vmax=1, interpolation="none")
-        ax.set(xlabel="prompt", ylabel="slice", title=f"{head_name(layer, head)}, {title} ({int(at.sum())} scores)")
+        ax.set(
+            xlabel="prompt",
+            ylabel="slice",
+            title=f"{head_name(layer, head)}, {literal(title)} ({int(at.sum())} scores)",
+        )
         ax.grid(False)
     fig.colorbar(drawn, ax=axes[:, 0], label="share of scores using it")
     return fig
@@ -83,7 +87,7 @@ def counts_figure(table: pd.DataFrame, title: str = "") -> Figure:
             shares = [row.get(key, np.nan) / row.d_head for key in keys]
             ax.plot(shares, -np.arange(len(keys)), marker, color=color, label=label)
         ax.set_yticks(-np.arange(len(known)), list(known))
-        ax.set(title=f"{title} {task}, {int(row.n_firings)} firings".strip(), ylim=(-len(known) + 0.5, 0.5))
+        ax.set(title=literal(f"{title} {task}, {int(row.n_firings)} firings".strip()), ylim=(-len(known) + 0.5, 0.5))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     axes[-1, 0].set_xlabel("mean share of the head's slices")
     axes[-1, 0].set_xlim(left=0)
@@ -109,9 +113,9 @@ def upstream_figure(labels: list[str], contributions: np.ndarray, title: str) ->
         colors = [COLORS[1] if v == values.max() else COLORS[0] for v in values[shown]]
         ax.bar(np.arange(len(shown)), values[shown], color=colors)
         ax.axhline(0, color="black", linewidth=0.6)
-        ax.set(title=f"{title}: {name}, signal-to-clutter {ratio:.1f}", ylabel="contribution")
+        ax.set(title=f"{literal(title)}: {name}, signal-to-clutter {ratio:.1f}", ylabel="contribution")
         ax.grid(False, axis="x")
-    axes[-1].set_xticks(np.arange(len(shown)), [labels[i] for i in shown], rotation=90)
+    axes[-1].set_xticks(np.arange(len(shown)), literal(labels[i] for i in shown), rotation=90)
     return fig
 
 # %% ../../nbs/attention/figures.ipynb #09-009b
@@ -125,7 +129,7 @@ def magnitude_figure(values: np.ndarray, is_target: np.ndarray, target: str, tit
         density=True,
         xlabel="share of the input's norm in the signal's span",
     )
-    ax.set_title(title)
+    ax.set_title(literal(title))
     return fig
 
 # %% ../../nbs/attention/figures.ipynb #09-012
@@ -159,6 +163,6 @@ def direction_figure(overlaps: pd.DataFrame, development: pd.DataFrame) -> Figur
         ax.plot(rows.tokens / 1e6, rows.chance, ":", color=COLORS[0], label="other heads' overlap")
         own = development[development.task == task]
         ax.plot(own.tokens / 1e6, own.accuracy, "s--", color=COLORS[1], label="accuracy")
-        ax.set(title=f"{name}, {task}", xlabel="million tokens", ylim=(0, 1.05))
+        ax.set(title=literal(f"{name}, {task}"), xlabel="million tokens", ylim=(0, 1.05))
     axes[0, 0].legend(fontsize=8)
     return fig

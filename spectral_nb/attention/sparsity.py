@@ -25,7 +25,7 @@ from spectral_nb.attention.slices import (
 )
 from ..base.checks import check_float, check_int
 from ..base.intervals import bootstrap_ci
-from ..base.paths import repo_root
+from ..base.paths import named_file
 from ..models.architectures import ArchSpec
 from ..models.loading import load_model
 from ..models.revisions import list_revisions
@@ -75,8 +75,8 @@ def task_batches(
     if prompts:
         from spectral_nb.prompts.own_prompts import from_file
 
-        return [from_file(model, repo_root() / prompts)]
-    n, more = n_prompts or default_prompts(model), {"text": {"texts": repo_root() / texts}} if texts else {}
+        return [from_file(model, named_file(prompts))]
+    n, more = n_prompts or default_prompts(model), {"text": {"texts": named_file(texts)}} if texts else {}
     return [make_batch(task, model, n, seed=seed, **more.get(task, {})) for task in tasks.split()]
 
 # %% ../../nbs/attention/sparsity.ipynb #spa-006

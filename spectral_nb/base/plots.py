@@ -6,7 +6,8 @@
 __all__ = ['set_style', 'figure', 'plot_lines', 'plot_bars', 'plot_intervals', 'plot_draws']
 
 # %% ../../nbs/base/plots.ipynb #07-002
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -62,9 +63,13 @@ def figure(
         return plt.subplots(n_rows, n_cols, figsize=(width, height), **subplots)
 
 # %% ../../nbs/base/plots.ipynb #07-005b
-def literal(texts: Sequence) -> list[str]:
-    """Labels that matplotlib draws letter by letter: a `$` in a token is no formula."""
-    return [str(t).replace("$", r"\$") for t in texts]
+def literal(text: Any) -> Any:
+    """What matplotlib draws letter by letter: a `$` in a token, a file's or a model's name is no formula.
+
+    A string for a string or a number, a list of them for anything else; twice is the same as once."""
+    if isinstance(text, Iterable) and not isinstance(text, str):
+        return [literal(t) for t in text]
+    return re.sub(r"(?<!\\)\$", r"\\$", str(text))
 
 
 def axes_of(ax: Axes | None) -> Axes:
@@ -106,7 +111,9 @@ def plot_lines(
     for i, (name, rows) in enumerate(groups):
         rows = rows.sort_values(x)
         color, dash = COLORS[i % len(COLORS)], ("-", "--", ":", "-.")[(i // len(COLORS)) % 4]
-        ax.plot(rows[x], rows[y], marker="o", color=color, linestyle=dash, label=None if name is None else str(name))
+        ax.plot(
+            rows[x], rows[y], marker="o", color=color, linestyle=dash, label=None if name is None else literal(name)
+        )
         if low and high:
             ax.fill_between(
                 rows[x], rows[low].astype(float), rows[high].astype(float), color=color, alpha=0.18, linewidth=0
@@ -147,7 +154,7 @@ def plot_bars(
             rows[y].astype(float),
             width * 0.92,
             color=COLORS[i % len(COLORS)],
-            label=None if name is None else str(name),
+            label=None if name is None else literal(name),
             yerr=error,
             error_kw=dict(elinewidth=1, capsize=2),
         )
@@ -181,7 +188,7 @@ def plot_intervals(
     ax.plot(rows[estimate].astype(float), at, "o", color=COLORS[0])
     if reference is not None:
         ax.axvline(reference, color=COLORS[7], linestyle="--", linewidth=1)
-    ax.set_yticks(at, rows[label].astype(str))
+    ax.set_yticks(at, literal(rows[label]))
     ax.set_xlabel(estimate.replace("_", " "))
     ax.grid(False, axis="y")
     ax.set_ylim(-len(rows) + 0.5, 0.5)
@@ -210,7 +217,13 @@ def plot_hist(
     for i, (name, v) in enumerate(samples.items()):
         ax.hist(v, edges, density=density, histtype="stepfilled", alpha=0.25, color=COLORS[i % len(COLORS)])
         ax.hist(
-            v, edges, density=density, histtype="step", linewidth=1.6, color=COLORS[i % len(COLORS)], label=name or None
+            v,
+            edges,
+            density=density,
+            histtype="step",
+            linewidth=1.6,
+            color=COLORS[i % len(COLORS)],
+            label=literal(name) or None,
         )
     ax.set(xlabel=xlabel, ylabel="density" if density else "count")
     if any(samples):
@@ -247,10 +260,15 @@ def plot_scatter(
     ax = axes_of(ax)
     for i, (name, rows) in enumerate([(None, table)] if hue is None else table.groupby(hue, sort=False, observed=True)):
         ax.scatter(
-            rows[x], rows[y], s=22, color=COLORS[i % len(COLORS)], alpha=0.85, label=None if name is None else str(name)
+            rows[x],
+            rows[y],
+            s=22,
+            color=COLORS[i % len(COLORS)],
+            alpha=0.85,
+            label=None if name is None else literal(name),
         )
     for _, row in table.iterrows() if label else ():
-        ax.annotate(str(row[label]), (row[x], row[y]), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        ax.annotate(literal(row[label]), (row[x], row[y]), xytext=(4, 3), textcoords="offset points", fontsize=8)
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     if hue is not None:
         ax.legend(title=hue.replace("_", " "))
@@ -284,7 +302,7 @@ def plot_small_multiples(
     )
     for ax, value in zip(axes.flat, values):
         plot_lines(table[table[facet] == value], x, y, hue=hue, ax=ax, **lines)
-        ax.set_title(f"{value}")
+        ax.set_title(literal(value))
         if ax is not axes.flat[0] and ax.get_legend():
             ax.get_legend().remove()
         ax.label_outer()

@@ -22,7 +22,7 @@ import pandas as pd
 from .arguments import checked
 from .checks import check_int
 from .files import atomic_path, write_json, write_table
-from .paths import runs_dir
+from .paths import named_file, runs_dir
 
 # %% ../../nbs/base/runs.ipynb #00-014
 @checked
@@ -62,14 +62,24 @@ def code_version(length: int = 12) -> str:
             digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:length]
 
+# %% ../../nbs/base/runs.ipynb #r-files
+def file_contents(params: dict) -> dict[str, str]:
+    "`{parameter: SHA-256}` of the parameters whose value is the path of a file, as `named_file` finds it."
+    named = {k: v for k, v in params.items() if isinstance(v, (str, Path)) and 0 < len(str(v)) < 1000}
+    found = {k: named_file(v) for k, v in named.items() if "\0" not in str(v)}
+    return {k: hashlib.sha256(p.read_bytes()).hexdigest() for k, p in found.items() if p.is_file()}
+
 # %% ../../nbs/base/runs.ipynb #r-id
 @checked
 def run_id(section: str, params: dict, weights_hash: str = "", code: str | None = None) -> str:
     """Identity of a run, 16 hexadecimal digits: the same section, parameters, weights and code give the same id.
 
-    `out_dir` in `params` does not count; `code` defaults to `code_version()`. TypeError for a value that JSON lacks."""
+    A file that a parameter names counts by its content too. `out_dir` in `params` does not count; `code` defaults to
+    `code_version()`. TypeError for a value that JSON lacks."""
     params = {k: v for k, v in params.items() if k != "out_dir"}
-    return stable_hash([section, params, weights_hash, code_version() if code is None else code])
+    parts = [section, params, weights_hash, code_version() if code is None else code]
+    content = file_contents(params)
+    return stable_hash([*parts, content] if content else parts)
 
 
 @checked

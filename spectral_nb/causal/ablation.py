@@ -19,9 +19,11 @@ from ..base.arguments import checked
 from ..attention.activations import run_to
 from ..base.checks import check_in, parse_heads
 from .metrics import evaluate
+from ..models.records import model_info
 
 # %% ../../nbs/causal/ablation.ipynb #ablation-004
 MODES = ("zero", "mean", "resample")
+RAW_ZERO = "zero_raw"  # zero of the raw weights, whichever are loaded
 
 # %% ../../nbs/causal/ablation.ipynb #ablation-005
 @dataclass(frozen=True)
@@ -56,12 +58,14 @@ def replacement(
     layer: int,
     heads: list[int],
     mode: str,
-    reference: HeadReference,
+    reference: HeadReference | Tensor | None,  # of a mode but `zero`
     seed: int,
 ):
     "What stands in for `z[:, :, heads]`; a donor shorter than the prompt repeats its last token."
     if mode == "zero":
         return 0.0
+    if mode == RAW_ZERO:
+        return reference[layer, heads].to(z)
     if mode == "mean":
         return reference.mean[layer, heads].to(z)
     donors = torch.randint(len(reference.lengths), (len(z),), generator=torch.Generator().manual_seed(seed))
@@ -69,8 +73,19 @@ def replacement(
     return reference.z[layer][donors[:, None], pos][:, :, heads].to(z)
 
 
+def _raw_zeros(model) -> Float[Tensor, "layer head d_head"]:
+    "What a head of the model gives where its raw output is zero: its value biases, which folding took away, negated."
+    if model_info(model).processing == "raw":
+        return torch.zeros(model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
+    if (biases := getattr(model, "spectral_value_biases", None)) is None:
+        raise ValueError(f"mode={RAW_ZERO!r}: the value biases of this folded model were not kept; load it anew")
+    return -biases
+
+
 def run_once(model, reference, mode: str):
     "Turn a reference batch into a `HeadReference`, so that many ablations share one run."
+    if mode == RAW_ZERO:
+        return _raw_zeros(model)
     if mode == "zero" or reference is None or isinstance(reference, HeadReference):
         return reference
     return reference_outputs(model, reference)
@@ -81,12 +96,13 @@ def run_once(model, reference, mode: str):
 def ablate_heads(model, heads, mode: str = "zero", reference=None, seed: int = 0):
     """Within the block, the output of `heads` (pairs or names such as `"L0H1 L2H3"`) is replaced.
 
-    `mode="mean"` and `"resample"` need `reference`, a batch or a `HeadReference`.
+    `mode`: `"zero"` (of the weights as loaded), `"zero_raw"` (of the raw weights: folded heads keep no value bias),
+    `"mean"` and `"resample"`, which need `reference`, a batch or a `HeadReference`.
     The model is restored on leaving, whatever happened. ValueError for a head that does not exist or is named twice,
     an unknown mode, and a mode without the reference that it needs."""
-    check_in("mode", mode, MODES)
+    check_in("mode", mode, (*MODES, RAW_ZERO))
     pairs = parse_heads(heads, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
-    if mode != "zero" and reference is None:
+    if mode in ("mean", "resample") and reference is None:
         raise ValueError(f"reference: mode={mode!r} needs a reference batch")
     reference = run_once(model, reference, mode)
     by_layer: dict[int, list[int]] = {}

@@ -17,6 +17,7 @@ from ..base.arguments import checked
 from ..attention.activations import run_to
 from ..base.checks import check_in, check_int
 from ..base.intervals import Interval, bootstrap_ci, wilson
+from ..prompts.batches import PromptBatch
 
 # %% ../../nbs/causal/metrics.ipynb #metrics-004
 METRICS = ("logit_diff", "accuracy", "accuracy_vs_rival", "answer_logprob", "loss")
@@ -120,10 +121,12 @@ def refuse_layers(model, tokens) -> None:
 def evaluate(model, batch, metric: str | Callable = "accuracy", batch_size: int = 256) -> np.ndarray:
     """`metric` of every prompt of `batch` under `model` as it is now (hooks included), `batch_size` prompts at a time.
 
-    Logits are formed where the metric reads them alone. ValueError for an empty batch, and for activations that are
-    not finite (with the layer's name)."""
+    Logits are formed where the metric reads them alone. ValueError for an empty batch, one that the model cannot read
+    (`PromptBatch.check_fits`), and for activations that are not finite (with the layer's name)."""
     if not len(batch):
         raise ValueError("batch: needs at least one prompt, got none")
+    if isinstance(batch, PromptBatch):
+        batch.check_fits(model)
     check_int("batch_size", batch_size, 1)
     with torch.no_grad():
         values = np.concatenate([_part_values(model, part, metric) for part in batch.batches(batch_size)])

@@ -15,7 +15,7 @@ import pandas as pd
 from ..base.arguments import checked
 from ..base.checks import check_in, check_int, parse_heads
 from ..base.intervals import Interval, bootstrap_ci, exact_p
-from .ablation import MODES, ablated_values, run_once
+from .ablation import MODES, RAW_ZERO, ablated_values, run_once
 from .matched_sets import head_list, matched_random
 from .metrics import evaluate, harm, metric_interval
 
@@ -117,7 +117,7 @@ class AblationOptions:
     selective: bool = False  # the set was picked for a signal
 
     def __post_init__(self):
-        check_in("mode", self.mode, MODES)
+        check_in("mode", self.mode, (*MODES, RAW_ZERO))
         check_in("match", self.match, ("layer", "model"))
         check_int("n_draws", self.n_draws, 1)
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from ..base.checks import head_name
 from ..base.head_maps import plot_heads
-from ..base.plots import COLORS, figure, plot_bars, plot_intervals
+from ..base.plots import COLORS, figure, literal, plot_bars, plot_intervals
 
 # %% ../../nbs/fingerprint/figures.ipynb #09-005
 def signal_figure(trajectory: pd.DataFrame, picks, title: str = "") -> Figure:
@@ -45,7 +45,7 @@ def signal_figure(trajectory: pd.DataFrame, picks, title: str = "") -> Figure:
         ax.set_ylabel("participation ratio")
     axes[1].set_xlabel("training step")
     axes[0].legend(title="picks", loc="upper left")
-    fig.suptitle(title)
+    fig.suptitle(literal(title))
     return fig
 
 

@@ -16,6 +16,7 @@ from ..attention.participation import fixed_content, pick_heads, shuffled_positi
 from ..base.checks import check_in
 from ..base.intervals import bootstrap_ci
 from ..base.long_tables import long_table
+from ..base.paths import named_file
 from ..base.progress import progress
 from ..causal.ablation import MODES, reference_outputs
 from ..causal.set_tests import ablation_test
@@ -55,7 +56,10 @@ def purpose_batch(cfg, model, n: int, purpose: int, **options):
     if cfg.prompts:
         from spectral_nb.prompts.own_prompts import from_file
 
-        own = from_file(model, cfg.prompts)
+        own = from_file(model, named_file(cfg.prompts))
+        if "key" not in own.positions:
+            roles = ", ".join(r for r in own.positions if r != "end") or "none"
+            raise ValueError(f"prompts={cfg.prompts!r}: mark the content as {{key:...}}; roles there: {roles}")
         return own.subset(slice(int(purpose > 1), len(own), 2))
     options |= {"codewords": cfg.codewords.split()} if cfg.codewords else {}
     return retrieval(model, n, seed=1000 * cfg.seed + purpose, **options)

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..base.plots import COLORS, figure, plot_lines, plot_scatter
+from ..base.plots import COLORS, figure, literal, plot_lines, plot_scatter
 from .reports import PRODUCTS
 
 # %% ../../nbs/norms/figures.ipynb #figures-001
@@ -26,7 +26,7 @@ def panels(names, height: float = 2.5) -> tuple[Figure, dict]:
     names = list(names)
     fig, axes = figure(len(names), 1, width=WIDTH, height=height * len(names), squeeze=False)
     for ax, name in zip(axes[:, 0], names):
-        ax.set_title(str(name))
+        ax.set_title(literal(name))
     return fig, dict(zip(names, axes[:, 0]))
 
 
@@ -152,7 +152,7 @@ def effect_figure(table: pd.DataFrame) -> Figure:
         part = heads[heads.task == task].assign(heads=lambda t: np.where(t.in_circuit > 0, "circuit", "other"))
         plot_scatter(part.sort_values("heads", ascending=False), "W_OV", "ablation_effect", hue="heads", ax=ax)
         ax.get_legend().set(title="")
-        ax.set(title=task, xlabel=r"$\|W_{OV}\|_2$", ylabel="logits lost")
+        ax.set(title=literal(task), xlabel=r"$\|W_{OV}\|_2$", ylabel="logits lost")
     return fig
 
 # %% ../../nbs/norms/figures.ipynb #figures-005

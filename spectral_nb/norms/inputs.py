@@ -11,7 +11,7 @@ from typing import Any
 
 from ..base.arguments import check_fields
 from ..base.checks import check_in, check_int
-from ..base.paths import repo_root
+from ..base.paths import named_file, repo_root
 from .growth_rates import parse_layers
 from ..prompts.tasks import TASKS, make_batch
 
@@ -39,15 +39,11 @@ def repository_path(name: str) -> str:
     return name
 
 
-def _here_or_in_repository(name: str) -> Path:
-    return Path(name) if Path(name).is_file() else repo_root() / name
-
-
 def growth_batch(cfg: Any, model: Any) -> Any:
     "Prompts of a config for a model: those of the file `prompts`, else the task's, over the file `texts` if given."
     if cfg.prompts:
         from spectral_nb.prompts.own_prompts import from_file
 
-        return from_file(model, _here_or_in_repository(cfg.prompts))
-    more = dict(texts=_here_or_in_repository(cfg.texts)) if cfg.texts else {}
+        return from_file(model, named_file(cfg.prompts))
+    more = dict(texts=named_file(cfg.texts)) if cfg.texts else {}
     return make_batch(cfg.task, model, cfg.n_prompts, seed=cfg.seed, **more)

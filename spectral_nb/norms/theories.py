@@ -6,7 +6,6 @@
 __all__ = ['theory_responses']
 
 # %% ../../nbs/norms/theories.ipynb #09-003
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..attention.activations import run_to
 from ..models.architectures import ArchSpec
 from ..base.intervals import Interval
 from ..base.checks import check_int
@@ -45,16 +45,9 @@ def random_inputs(n: int, d_model: int, seed: int = 0) -> Float[Tensor, "n d_mod
 # %% ../../nbs/norms/theories.ipynb #09-009
 def _capture(model: Any, tokens: Tensor, point: str) -> Float[Tensor, "layer batch pos d_model"]:
     "The stream at `point` of every layer."
-    rows: dict[int, Tensor] = {}
-
-    def keep(x, hook, layer):
-        rows[layer] = x.detach().float().cpu()
-
-    model.run_with_hooks(
-        tokens,
-        fwd_hooks=[(f"blocks.{layer}.hook_{point}", partial(keep, layer=layer)) for layer in range(model.cfg.n_layers)],
-    )
-    return torch.stack([rows[layer] for layer in range(model.cfg.n_layers)])
+    names = [f"blocks.{layer}.hook_{point}" for layer in range(model.cfg.n_layers)]
+    rows = run_to(model, tokens, names, lambda x, name: x.detach().float().cpu())
+    return torch.stack([rows[name] for name in names])
 
 
 @torch.no_grad()

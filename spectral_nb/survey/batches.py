@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..base.paths import reference_dir, repo_root
+from ..base.paths import named_file, reference_dir
 from ..models.architectures import ArchSpec
 from ..models.integrity import check_revisions
 from ..models.revisions import list_models, list_revisions, revision_tokens
@@ -30,17 +30,15 @@ def model_source(name: str) -> str | Path:
     return reference_dir() / name
 
 
-def natural_source(name: str, cfg) -> str | Path:
-    "Natural text for a model: a file, or the text itself."
+def natural_source(name: str, cfg) -> str | Path | None:
+    "Natural text for a model: a file, or the text itself; None: `prompts.natural_text`."
     if cfg.text:
-        return Path(cfg.text) if Path(cfg.text).is_file() else repo_root() / cfg.text
+        return named_file(cfg.text)
     if name.startswith("story-") and name in list_models():
         return "\n\n".join(sample_stories(np.random.default_rng(cfg.seed), 1200, 60))
     if name == "stories260k" and reference_dir() is not None:
         return reference_dir() / "stories260k/stories.txt"
-    from pydoc_data.topics import topics  # 465,000 characters of English on every machine
-
-    return "\n\n".join(topics.values())
+    return None
 
 # %% ../../nbs/survey/batches.ipynb #batches-006
 LARGE = 100  # heads: beyond it the defaults are the smaller ones
@@ -67,7 +65,7 @@ def make_batches(name: str, model, cfg) -> dict:
     if cfg.prompts:
         from spectral_nb.prompts.own_prompts import from_file
 
-        own = from_file(model, cfg.prompts)
+        own = from_file(model, named_file(cfg.prompts))
         batches["own"] = [own, own]
     return batches
 

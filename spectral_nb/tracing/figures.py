@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from ..base.plots import COLORS, figure, plot_scatter
+from ..base.plots import COLORS, figure, literal, plot_scatter
 from .drawing import draw_graph
 
 # %% ../../nbs/tracing/figures.ipynb #09-005
@@ -27,7 +27,7 @@ def graph_figure(
     "Traced graphs side by side, by title."
     fig, axes = figure(1, len(graphs), width=width, height=height, squeeze=False)
     for (title, graph), ax in zip(graphs.items(), axes[0]):
-        draw_graph(graph, known=known, roles=roles, ax=ax, title=title)
+        draw_graph(graph, known=known, roles=roles, ax=ax, title=literal(title))
         ax.grid(False)
         if legend := ax.get_legend():
             legend.set_bbox_to_anchor((0.0, 1.0))

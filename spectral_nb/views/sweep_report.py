@@ -15,8 +15,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from ..base.files import read_table
-from ..base.plots import COLORS, figure, plot_bars, plot_lines
-from .sweep_tables import SweepData, is_about, literal_text, panel_axis, panel_table, panels
+from ..base.plots import COLORS, figure, literal, plot_bars, plot_lines
+from .sweep_tables import SweepData, is_about, panel_axis, panel_table, panels
 
 # %% ../../nbs/views/sweep_report.ipynb #20-010
 def plot_cost(sweep: SweepData) -> Figure:
@@ -77,7 +77,7 @@ def plot_claims(claims: pd.DataFrame) -> Figure | None:
             ax.text(j, i, f"{row.effect:.3g}", ha="center", va="center", fontsize=8)
     ax.imshow(np.ma.masked_invalid(shade), cmap=ListedColormap(["#f2b48c", "#9fd4b8"]), vmin=0, vmax=1, aspect="auto")
     ax.set_facecolor("#eeeeee")
-    ax.set_yticks(range(len(names)), [literal_text(_short(n)) for n in names])
+    ax.set_yticks(range(len(names)), [literal(_short(n)) for n in names])
     step = -(-len(runs) // 30)  # as many labels as can be read
     ax.set_xticks(
         range(0, len(runs), step), [_short(r, 40) for r in runs[::step]], rotation=30 if step == 1 else 60, ha="right"
@@ -99,7 +99,7 @@ def plot_panel(sweep: SweepData, title: str, rows: pd.DataFrame, *, x: str = "",
     for entry in sweep.published:
         if is_about(entry, rows):
             ax.axhline(entry["value"], color="black", linestyle="--", linewidth=1)
-            name = literal_text(entry.get("label") or entry.get("model") or "published")
+            name = literal(entry.get("label") or entry.get("model") or "published")
             ax.annotate(
                 f"{name}: {entry['value']:g}",
                 (1, entry["value"]),
@@ -108,7 +108,7 @@ def plot_panel(sweep: SweepData, title: str, rows: pd.DataFrame, *, x: str = "",
                 va="bottom",
                 fontsize=8,
             )
-    ax.set_title(literal_text(_short(title, 40)))
+    ax.set_title(literal(_short(title, 40)))
     ax.set_ylabel("")
     return ax
 

@@ -17,14 +17,10 @@ import pandas as pd
 
 from ..base.checks import check_in, unknown_name_error
 from ..base.files import read_json, read_table, write_json, write_table
+from ..base.plots import literal
 from ..sweeps.tables import PROVENANCE, STATUS_COLUMNS, load_results
 
 # %% ../../nbs/views/sweep_tables.ipynb #sweep-tables-005
-def literal_text(text) -> str:
-    "Text in which a dollar is a dollar, and begins no formula."
-    return str(text).replace("$", r"\$")
-
-
 @dataclass(frozen=True)
 class SweepData:
     "A sweep as it lies on the disk."
@@ -39,7 +35,7 @@ class SweepData:
 
     def label(self, row: pd.Series) -> str:
         "What distinguishes a run, for people."
-        names = [literal_text(row[k]) for k in self._own(self.varied) if k in row and str(row[k])]
+        names = [literal(row[k]) for k in self._own(self.varied) if k in row and str(row[k])]
         return ", ".join(names) or str(row["run_id"])
 
     def _own(self, names: Iterable[str]) -> list[str]:
@@ -181,5 +177,5 @@ def panel_table(rows: pd.DataFrame, x: str, hue: str | None) -> pd.DataFrame:
         out["low"], out["high"] = own.low.fillna(out.value), own.high.fillna(out.value)
     for key in keys:
         if not pd.api.types.is_numeric_dtype(out[key]):
-            out[key] = out[key].map(literal_text, na_action="ignore")
+            out[key] = out[key].map(literal, na_action="ignore")
     return out.drop(columns=["smallest", "largest"])
