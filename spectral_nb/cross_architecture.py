@@ -20,15 +20,15 @@ from .survey.model_survey import ModelSurvey, survey_models, survey_table
 class CrossArchitectureConfig:
     "What is surveyed; refuses what cannot be run."
 
-    model_name: str = "smollm2-135m story-gpt2-s42 story-neox story-llama story-olmo story-olmoe stories260k"
+    model_name: str = "story-gpt2-s42 story-neox story-llama story-olmo story-olmoe stories260k"
     revision: str = ""  # revision that is classified and ablated; "" is the final one
     revisions: str = ""  # of the trajectory, with spaces; "": up to `max_revisions` of those with token counts
-    max_revisions: int = 8
+    max_revisions: int = 6
     processing: str = "raw"
     seed: int = 42
     n_prompts: int = 0  # of the survey and the ratios; 0: 128, or 96 above 100 heads
-    n_ablation: int = 0  # of the ablations; 0: 48, or 32 above 100 heads
-    length: int = 0  # tokens of a prompt; 0: 256 or the context
+    n_ablation: int = 0  # of the ablations; 0: 48, or 24 above 100 heads
+    length: int = 64  # tokens of a prompt; 0: 256 or the context
     text: str = ""  # file of natural text; "": the model's own kind of text
     prompts: str = ""  # file for `prompts.from_file`: surveyed and ablated too
     prepend_bos: bool = True  # if the tokenizer has a BOS token

@@ -7,7 +7,6 @@ __all__ = ['NormGrowthConfig', 'measure', 'run']
 
 # %% ../nbs/10_norm_growth.ipynb #10-003
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -47,20 +46,16 @@ class NormGrowthConfig:
         "What `load_model` takes."
         return repository_path(self.model_name)
 
-    def batch(self, model: Any) -> Any:
-        "Prompts for a model."
-        return growth_batch(self, model)
-
 
 def measure(cfg: NormGrowthConfig) -> Measurement:
     "Load the model of `cfg`, pass prompts and random inputs through it, collect circuits and weight norms."
     model = load_model(cfg.source, cfg.revision or None, processing=cfg.processing)
-    batch = cfg.batch(model)
+    batch = growth_batch(cfg, model)
     stream = measure_stream(model, batch)
     parse_layers(cfg.layers, stream.n_layers)
     responses = theory_responses(model, batch, stream, cfg.n_random, cfg.seed)
-    more = dict(seed=cfg.seed, loaded=model)
-    found, skipped = circuits_of_tasks(cfg.circuit_tasks, cfg.source, cfg.revision or None, **more)
+    where = cfg.source, cfg.revision or None
+    found, skipped = circuits_of_tasks(cfg.circuit_tasks, *where, seed=cfg.seed, loaded=model)
     words = model.tokenizer.convert_ids_to_tokens(batch.tokens[0, : int(batch.lengths[0])].tolist())
     parts = model_info(model), stream, responses, weight_norms(model), found, skipped, words
     return Measurement(*parts, cfg.layers, cfg.seed)

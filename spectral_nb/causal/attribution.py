@@ -17,6 +17,7 @@ from torch import Tensor
 from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from ..base.intervals import bootstrap_ci
+from ..base.progress import progress
 from .ablation import MODES, replacement, run_once
 from .head_effects import single_heads
 from .metrics import read_hooks, read_tensor, refuse_layers
@@ -82,7 +83,7 @@ def attribute_heads(
     n = 1 if method == "atp" else check_int("steps", steps, 1)
     levels = [1.0] if method == "atp" else [(i + 0.5) / n for i in range(n)]
     parts = []
-    for part in batch.batches(check_int("batch_size", batch_size, 1)):
+    for part in progress(list(batch.batches(check_int("batch_size", batch_size, 1))), desc="attribution"):
         stand_ins = _stand_ins(model, part, mode, reference, 0)
         parts.append(sum(gate_gradients(model, part, metric, stand_ins, level)[0] for level in levels) / n)
     harm = torch.cat(parts).double().cpu().numpy() * (-1.0 if metric == "loss" else 1.0)  # [prompt layer head]

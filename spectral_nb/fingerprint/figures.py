@@ -107,12 +107,13 @@ def snapshot_figure(final: dict[str, np.ndarray], picks) -> Figure:
 
 
 def mechanism_figure(heads: pd.DataFrame, picks) -> Figure:
-    "Attention to the key, effect of ablating each head alone, readout of unseen codewords."
+    "Attention to the key, effect of ablating each head alone, readout of unseen codewords where it was measured."
     shape = (int(heads.layer.max()) + 1, int(heads["head"].max()) + 1)
     ordered = heads.sort_values(["layer", "head"])
-    fig, axes = figure(3, 1, width=5.4, height=2.1 * 3 + 0.12 * shape[0])
-    titles = ("attention to the key", "harm without it alone", "unseen codewords read out")
-    for ax, column, title in zip(axes, ("attention", "effect", "readout"), titles):
+    titles = dict(attention="attention to the key", effect="harm without it alone", readout="unseen codewords read out")
+    shown = {k: v for k, v in titles.items() if k in heads}
+    fig, axes = figure(len(shown), 1, width=5.4, height=len(shown) * (2.1 + 0.04 * shape[0]))
+    for ax, (column, title) in zip(axes, shown.items()):
         plot_heads(ordered[column].to_numpy().reshape(shape), ax=ax, ring=picks)
         ax.set_title(title)
     return fig

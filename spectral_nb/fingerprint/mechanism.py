@@ -15,6 +15,7 @@ from ..base.arguments import checked
 from ..attention.activations import run_to
 from ..attention.participation import head_shape, read_outputs, read_positions
 from ..attention.spectra import factored_singular_values, participation_ratio_from_values
+from ..base.progress import progress
 from ..models.heads import head_weights
 
 # %% ../../nbs/fingerprint/mechanism.ipynb #mechanism-005
@@ -29,7 +30,7 @@ def key_attention(
     if (k_all >= q_all).any():
         raise ValueError(f"key={key!r}: must stand before query={query!r} in every prompt")
     to_key, to_others = np.zeros((n_layers, n_heads)), np.zeros((n_layers, n_heads))
-    for part in batch.batches(batch_size):
+    for part in progress(list(batch.batches(batch_size)), desc="attention to the key"):
         q, k, rows = read_positions(part, query), read_positions(part, key), torch.arange(len(part))
         cache = run_to(model, part.tokens, names, lambda pattern, name, rows=rows, q=q: pattern[rows, :, q])
         pattern = torch.stack([cache[name] for name in names]).double()  # [layer prompt head key_pos]
@@ -64,9 +65,10 @@ def codeword_readout(model, train, test, role: str = "end", ridge: float = 1e-2)
     return hits, 1 / len(candidates)
 
 
-def _outputs(model, batch, role: str, batch_size: int = 128) -> Float[Tensor, "batch layer head d_head"]:
+def _outputs(model, batch, role: str, batch_size: int = 32) -> Float[Tensor, "batch layer head d_head"]:
     "Heads' outputs at the role's position, in float64."
-    parts = [read_outputs(model, part.tokens, read_positions(part, role)) for part in batch.batches(batch_size)]
+    some = progress(list(batch.batches(batch_size)), desc="outputs")
+    parts = [read_outputs(model, part.tokens, read_positions(part, role)) for part in some]
     return torch.cat(parts).double().cpu()
 
 # %% ../../nbs/fingerprint/mechanism.ipynb #mechanism-011

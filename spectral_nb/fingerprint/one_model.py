@@ -46,9 +46,9 @@ def n_heads_of(model) -> int:
 
 
 def sizes(cfg, model) -> tuple[int, int]:
-    "Prompts at the last checkpoint and of the ablations: `cfg`'s, or 2,000 and 150, or 256 and 32 above `LARGE` heads."
+    "Prompts at the last checkpoint and of the ablations: `cfg`'s, or 2,000 and 150, or 256 and 24 above `LARGE` heads."
     large = n_heads_of(model) > LARGE
-    return cfg.n_prompts or (256 if large else 2000), cfg.n_ablation or (32 if large else 150)
+    return cfg.n_prompts or (256 if large else 2000), cfg.n_ablation or (24 if large else 150)
 
 
 def purpose_batch(cfg, model, n: int, purpose: int, **options):
@@ -151,13 +151,13 @@ def _single_effects(model, batch, heads: list[tuple[int, int]], seed: int) -> pd
 def explain_heads(cfg, model, picks) -> pd.DataFrame:
     """One row a head: attention to the key, its selectivity, harm without it alone, readout of other codewords.
 
-    Above `LARGE` heads only the picks and the 24 that attend most to the key are ablated alone."""
+    Above `LARGE` heads only the picks and the 16 that attend most to the key are ablated alone."""
     batch = purpose_batch(cfg, model, sizes(cfg, model)[1], 2)
     columns = key_attention(model, batch, batch_size=32)
     index = list(np.ndindex(columns["attention"].shape))
     heads = index
     if len(index) > LARGE:
-        best = sorted(index, key=lambda h: -columns["attention"][h])[:24]
+        best = sorted(index, key=lambda h: -columns["attention"][h])[:16]
         heads = sorted({*picks, *best})
     if not cfg.prompts:
         large = len(index) > LARGE

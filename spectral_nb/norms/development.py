@@ -20,6 +20,7 @@ from ..models.revisions import list_revisions, revision_steps
 from .circuit_norms import r_norm
 from .circuits import Circuit
 from .growth_rates import growth_table
+from .inputs import growth_batch
 from .measurement import growth_rows
 from .reports import PRODUCTS
 from .stream import measure_stream
@@ -30,7 +31,7 @@ from .weights import norm_matrix
 def _checkpoint_table(cfg: Any, revision: str, circuits: list[Circuit] = ()) -> pd.DataFrame:
     "The short form at one checkpoint; `cfg` is section 1's config."
     model = load_model(cfg.source, revision, processing=cfg.processing)
-    stream, weights = measure_stream(model, cfg.batch(model)), weight_norms(model)
+    stream, weights = measure_stream(model, growth_batch(cfg, model)), weight_norms(model)
     parts = [growth_rows(growth_table(stream, cfg.layers, cfg.seed))]
     for product in PRODUCTS:
         norms = norm_matrix(weights, product)

@@ -15,6 +15,7 @@ import numpy as np
 from ..base.checks import head_name, parse_heads, unknown_name_error
 from ..base.files import read_json, write_json
 from ..base.paths import data_dir
+from ..base.progress import progress
 from ..models.checkpoints import checkpoint_hash
 from ..models.loading import load_model
 from .circuits import CIRCUIT_TASKS, Circuit, find_circuit
@@ -110,7 +111,7 @@ def circuits_of_tasks(
 ) -> tuple[list[Circuit], dict[str, str]]:
     "Circuits of tasks named in one string, and why a task has none; `more`: arguments of `choose_circuit`."
     circuits, skipped = [], {}
-    for task in tasks.replace(",", " ").split():
+    for task in progress(tasks.replace(",", " ").split(), desc="circuits"):
         try:
             circuits.append(choose_circuit(model, task, revision, **more))
         except ValueError as e:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..attention.activations import run_to
 from ..models.architectures import ArchSpec
 from ..base.intervals import Interval
+from ..base.progress import progress
 from ..base.checks import check_int
 from ..models.heads import head_weights
 from .growth_rates import growth, log_norms
@@ -62,7 +63,7 @@ def stream_vectors(
     other = position_classes(batch.attention_mask) == 0
     picked = torch.as_tensor([rng.choice(np.flatnonzero(row)) for row in other])
     point, seen, early = "resid_pre" if spec.parallel_blocks else "resid_mid", [], []
-    for start in range(0, len(picked), batch_size):
+    for start in progress(range(0, len(picked), batch_size), desc="stream vectors"):
         stop = start + batch_size
         x = _capture(model, batch.tokens[start:stop], point)
         seen.append(x[:, torch.arange(x.shape[1]), picked[start:stop]])

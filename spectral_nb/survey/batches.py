@@ -45,10 +45,10 @@ LARGE = 100  # heads: beyond it the defaults are the smaller ones
 
 
 def n_prompts_of(cfg, spec: ArchSpec) -> tuple[int, int]:
-    "Prompts of the survey (at least d_head) and the ablations: `cfg`'s, or 128 and 48, or 96 and 32 for a large model."
+    "Prompts of the survey (at least d_head) and the ablations: `cfg`'s, or 128 and 48, or 96 and 24 for a large model."
     large = spec.n_layers * spec.n_heads > LARGE
     survey = cfg.n_prompts or (96 if large else 128)
-    return max(survey, spec.d_head), cfg.n_ablation or (32 if large else 48)
+    return max(survey, spec.d_head), cfg.n_ablation or (24 if large else 48)
 
 
 def make_batches(name: str, model, cfg) -> dict:

@@ -22,7 +22,7 @@ from ..models.architectures import ArchSpec
 from ..models.loading import load_model
 from ..models.records import model_info
 from ..prompts.bigrams import synthetic_bigrams
-from .batches import make_batches, model_source, n_prompts_of, usable_revisions
+from .batches import LARGE, make_batches, model_source, n_prompts_of, usable_revisions
 from .classes import capability_survey, class_stability
 from .experts import expert_participation
 from .rankings import matched_k, ranking_table, with_classes
@@ -102,7 +102,8 @@ def head_sets(m: ModelSurvey) -> dict[str, list[tuple[int, int]]]:
     if m.classed is not None:
         first = m.classed.nsmallest(matched_k(n_heads), "rank")
         sets["ranking"] = list(zip(first["layer"].astype(int), first["head"].astype(int)))
-    return {k: v for k, v in sets.items() if v}
+    found = {k: v for k, v in sets.items() if v}
+    return found if n_heads <= LARGE else dict(list(found.items())[:1])
 
 
 def ablations(model, m: ModelSurvey, batches: dict, cfg) -> pd.DataFrame:

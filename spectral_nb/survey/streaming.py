@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..attention.activations import run_to
+from ..base.progress import progress
 from .targets import CLASSES, baseline_positions, class_weights, null_positions, other_positions
 
 # %% ../../nbs/survey/streaming.ipynb #streaming-005
@@ -44,7 +45,7 @@ def attention_rows(
     room = _IN_CACHE if next(model.parameters()).device.type == "cpu" else 1 << 26
     batch_size = batch_size or max(1, min(256, room // (model.cfg.n_heads * tokens.shape[1] ** 2)))
     names = [f"blocks.{layer}.attn.hook_{name}" for layer in range(n_layers)]
-    for start in range(0, len(tokens), batch_size):
+    for start in progress(range(0, len(tokens), batch_size), desc="attention rows"):
         part = slice(start, start + batch_size)
         with torch.inference_mode():
             kept = run_to(model, tokens[part], names, _rows_of(query[part], half))
