@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from spectral_nb.attention import figures as attention
-from spectral_nb.base import plots
+from spectral_nb.base import labels, plots
 from spectral_nb.fingerprint import figures as fingerprint
 from spectral_nb.norms import figures as norms
 from spectral_nb.survey import figures as survey
@@ -82,5 +82,5 @@ def test_names_are_literal_text(name):
 
 
 def test_literal():
-    assert plots.literal("a$b") == r"a\$b" == plots.literal(plots.literal("a$b"))
-    assert plots.literal(["$", 3]) == [r"\$", "3"] and plots.literal(3) == "3"
+    assert labels.literal("a$b") == r"a\$b" == labels.literal(labels.literal("a$b"))
+    assert labels.literal(["$", 3]) == [r"\$", "3"] and labels.literal(3) == "3"

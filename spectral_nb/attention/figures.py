@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 
 from ..base.checks import head_name
-from ..base.plots import COLORS, figure, literal, plot_hist, plot_intervals, plot_lines
+from ..base.labels import literal
+from ..base.plots import COLORS, figure, plot_hist, plot_intervals, plot_lines
 from .slices import SliceData, signal_to_clutter
 
 # %% ../../nbs/attention/figures.ipynb #09-005

@@ -6,8 +6,7 @@
 __all__ = ['set_style', 'figure', 'plot_lines', 'plot_bars', 'plot_intervals', 'plot_draws']
 
 # %% ../../nbs/base/plots.ipynb #07-002
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .arguments import checked
+from .labels import check_columns, literal
 
 # %% ../../nbs/base/plots.ipynb #07-005
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -63,25 +63,9 @@ def figure(
         return plt.subplots(n_rows, n_cols, figsize=(width, height), **subplots)
 
 # %% ../../nbs/base/plots.ipynb #07-005b
-def literal(text: Any) -> Any:
-    """What matplotlib draws letter by letter: a `$` in a token, a file's or a model's name is no formula.
-
-    A string for a string or a number, a list of them for anything else; twice is the same as once."""
-    if isinstance(text, Iterable) and not isinstance(text, str):
-        return [literal(t) for t in text]
-    return re.sub(r"(?<!\\)\$", r"\\$", str(text))
-
-
 def axes_of(ax: Axes | None) -> Axes:
     "`ax`, or the axes of a new figure."
     return figure()[1] if ax is None else ax
-
-
-def check_columns(table: pd.DataFrame, *names: str | None) -> None:
-    "KeyError naming the columns that the table lacks."
-    missing = [n for n in names if n is not None and n not in table.columns]
-    if missing:
-        raise KeyError(f"table has no column {', '.join(map(repr, missing))}; its columns are {list(table.columns)}")
 
 
 def _whole_numbers(ax: Axes, name: str) -> None:

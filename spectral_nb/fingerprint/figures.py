@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from ..base.checks import head_name
 from ..base.head_maps import plot_heads
-from ..base.plots import COLORS, figure, literal, plot_bars, plot_intervals
+from ..base.labels import literal
+from ..base.plots import COLORS, figure, plot_bars, plot_intervals
 
 # %% ../../nbs/fingerprint/figures.ipynb #09-005
 def signal_figure(trajectory: pd.DataFrame, picks, title: str = "") -> Figure:

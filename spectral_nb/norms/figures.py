@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..base.plots import COLORS, figure, literal, plot_lines, plot_scatter
+from ..base.labels import literal
+from ..base.plots import COLORS, figure, plot_lines, plot_scatter
 from .reports import PRODUCTS
 
 # %% ../../nbs/norms/figures.ipynb #figures-001

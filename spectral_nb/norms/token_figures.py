@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.plots import COLORS, figure, literal, plot_lines
+from ..base.labels import literal
+from ..base.plots import COLORS, figure, plot_lines
 
 # %% ../../nbs/norms/token_figures.ipynb #token-figures-003
 def _few(values, n: int = 7) -> list:

@@ -12,7 +12,8 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 
-from ..base.plots import COLORS, figure, literal, plot_scatter
+from ..base.labels import literal
+from ..base.plots import COLORS, figure, plot_scatter
 from .drawing import draw_graph
 
 # %% ../../nbs/tracing/figures.ipynb #09-005

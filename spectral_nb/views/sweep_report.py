@@ -15,7 +15,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from ..base.files import read_table
-from ..base.plots import COLORS, figure, literal, plot_bars, plot_lines
+from ..base.labels import literal
+from ..base.plots import COLORS, figure, plot_bars, plot_lines
 from .sweep_tables import SweepData, is_about, panel_axis, panel_table, panels
 
 # %% ../../nbs/views/sweep_report.ipynb #20-010

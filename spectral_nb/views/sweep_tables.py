@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..base.checks import check_in, unknown_name_error
 from ..base.files import read_json, read_table, write_json, write_table
-from ..base.plots import literal
+from ..base.labels import literal
 from ..sweeps.tables import PROVENANCE, STATUS_COLUMNS, load_results
 
 # %% ../../nbs/views/sweep_tables.ipynb #sweep-tables-005
