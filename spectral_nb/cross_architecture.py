@@ -28,7 +28,7 @@ class CrossArchitectureConfig:
     seed: int = 42
     n_prompts: int = 0  # of the survey and the ratios; 0: 128, or 96 above 100 heads
     n_ablation: int = 0  # of the ablations; 0: 48, or 24 above 100 heads
-    length: int = 64  # tokens of a prompt; 0: 256 or the context
+    length: int = 0  # tokens of a prompt; 0: 64 or the context
     text: str = ""  # file of natural text; "": the model's own kind of text
     prompts: str = ""  # file for `prompts.from_file`: surveyed and ablated too
     prepend_bos: bool = True  # if the tokenizer has a BOS token

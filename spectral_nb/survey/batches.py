@@ -51,10 +51,16 @@ def n_prompts_of(cfg, spec: ArchSpec) -> tuple[int, int]:
     return max(survey, spec.d_head), cfg.n_ablation or (24 if large else 48)
 
 
+def length_of(cfg, spec: ArchSpec) -> int:
+    "Tokens of a prompt: `cfg`'s, or 64, or the model's context where it is shorter."
+    return cfg.length or min(64, spec.n_ctx)
+
+
 def make_batches(name: str, model, cfg) -> dict:
     "Synthetic and natural prompts, and `own` ones where `cfg.prompts` names a file: name -> (survey's, ablation's)."
-    n, n_ablation = n_prompts_of(cfg, ArchSpec.from_model(model))
-    common = dict(length=cfg.length or None, prepend_bos=None if cfg.prepend_bos else False)
+    spec = ArchSpec.from_model(model)
+    n, n_ablation = n_prompts_of(cfg, spec)
+    common = dict(length=length_of(cfg, spec), prepend_bos=None if cfg.prepend_bos else False)
     draws = ((n, cfg.seed), (n_ablation, cfg.seed + 1))
     ids = cfg.token_ids()
     synthetic = [synthetic_bigrams(model, k, vocabulary=ids, seed=seed, **common) for k, seed in draws]

@@ -1,0 +1,75 @@
+"`make real`: its sweeps, the tables that it keeps, and what the sections show of them."
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from spectral_nb import cross_architecture, norm_growth, pr_fingerprint, sparse_attention
+from spectral_nb.base.paths import repo_root
+from spectral_nb.base.real_model import REAL_MODEL, real_file, real_part
+from spectral_nb.fingerprint.kept import kept_ratios
+from spectral_nb.survey.kept import kept_surveys
+from spectral_nb.sweeps.notebook import parameters_cell, read_notebook
+from spectral_nb.sweeps.spec import expand, load_spec
+
+SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture")
+NOTEBOOKS = {p.stem.split("_", 1)[1]: p for p in sorted((repo_root() / "nbs").glob("1[0-4]_*.ipynb"))}
+CONFIGS = {
+    "norm_growth": norm_growth.NormGrowthConfig,
+    "sparse_attention": sparse_attention.SparseAttentionConfig,
+    "pr_fingerprint": pr_fingerprint.FingerprintConfig,
+    "cross_architecture": cross_architecture.CrossArchitectureConfig,
+}
+
+
+@pytest.mark.parametrize("section", CONFIGS)
+def test_the_parameters_of_a_notebook_are_the_defaults_of_its_config(section):
+    cell = parameters_cell(read_notebook(NOTEBOOKS[section]))[0]
+    given = {f.name: f.default for f in fields(CONFIGS[section])}
+    assert {k: p.default for k, p in cell.items() if k in given} == given
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_each_section_has_a_sweep_of_one_run_on_the_real_model(section):
+    spec = load_spec(repo_root() / "nbs" / "sweeps" / f"real_{section}.yaml")
+    [run] = expand(spec)
+    assert spec.section == section and run["model_name"] == REAL_MODEL
+
+
+def test_make_real_runs_them_and_keeps_the_tables():
+    made = (repo_root() / "Makefile").read_text()
+    assert "real_*.yaml" in made and "spectral_nb.dev.real_results data/runs/real" in made
+    assert re.search(r"^real: .*## ", made, re.M)
+
+
+def kept() -> list[str]:
+    return [s for s in SECTIONS if real_file(s).is_file()]
+
+
+@pytest.mark.parametrize("section", kept())
+def test_kept_claims_are_whole(section):
+    claims, table = real_part(section), real_part(section, "table")
+    assert len(claims) and set(claims.verdict) <= {"yes", "no", "undecided"}
+    assert claims[["claim", "effect", "unit", "rule"]].notna().all().all()
+    assert set(table.model.dropna()) == {REAL_MODEL}
+
+
+def test_what_the_figures_read_is_there():
+    if "cross_architecture" in kept():
+        [m] = kept_surveys()
+        assert set(m.surveys) == {"synthetic", "natural"} and len(m.classed) == m.pr[..., 0].size
+        assert m.baseline["synthetic"]["loss"] > 0
+    if "pr_fingerprint" in kept():
+        ratios, picks = kept_ratios()
+        assert ratios["pr"].shape == (30, 9) and picks
+    assert kept_surveys(but=REAL_MODEL) == [] and kept_ratios(but=REAL_MODEL) is None
+
+
+def test_the_times_of_the_runs_are_kept():
+    if not (path := Path(real_file("runs"))).is_file():
+        pytest.skip("make real was not run")
+    runs = pd.read_parquet(path)
+    assert (runs.model == REAL_MODEL).all() and (runs.seconds > 0).all() and runs.section.is_unique
