@@ -316,6 +316,17 @@ def test_bad_input():
         edge_interventions(raw, p.batch, edges)
 
 
+def test_edges_traced_before_a_change_in_place_are_refused():
+    "A change through `.data` leaves the model's record as it was: the weights themselves are looked at."
+    p = planted("induction", 2)
+    edges = trace(p.model, p.batch, p.roots)
+    weight = next(p.model.blocks[0].mlp.parameters())
+    weight.data.add_(1e-3)
+    with pytest.raises(ValueError, match="traced on weights"):
+        edge_interventions(p.model, p.batch, edges)
+    weight.data.sub_(1e-3)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "olmoe"])
 def test_an_exception_inside_or_while_entering_restores_every_forward(architecture):
     "Also where blocks are nested, and where the last of the modules cannot be had."

@@ -17,7 +17,8 @@ from matplotlib.ticker import MaxNLocator
 
 from .arguments import checked, shown
 from .checks import parse_heads
-from .plots import COLORS, DIVERGING, SEQUENTIAL, axes_of, check_columns
+from .labels import check_columns
+from .plots import COLORS, DIVERGING, SEQUENTIAL, axes_of
 
 # %% ../../nbs/base/head_maps.ipynb #heads-005
 @checked

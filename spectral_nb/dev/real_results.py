@@ -17,7 +17,7 @@ from ..base.real_model import real_file
 
 # %% ../../nbs/dev/real_results.ipynb #keep-004
 KEPT = ("claims", "table", "heads", "ablation")  # tables of a run that are kept, where it has them
-_RUNS = "runs.parquet"
+_RUNS = "runs"  # seconds and memory of every section
 
 
 def keep_run(folder: Path) -> dict:
@@ -43,7 +43,7 @@ def keep_runs(out: str | Path) -> pd.DataFrame:
     if not newest:
         raise FileNotFoundError(f"out={str(out)!r} holds no finished run; `make real` makes them")
     runs = pd.DataFrame([keep_run(p) for p in newest.values()])
-    path = real_file("norm_growth").parent / _RUNS
+    path = real_file(_RUNS)
     if path.is_file():
         runs = pd.concat([read_table(path), runs], ignore_index=True).drop_duplicates("section", keep="last")
     write_table(runs, path)

@@ -22,7 +22,7 @@ from ..attention.pairs import Pairs, firings
 from ..base.checks import head_name, parse_heads
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
-from ..models.records import model_info
+from ..models.records import current_info
 from .descent import Descent, among_firings, arrived, send
 from .edge_tables import EDGE_COLUMNS, KINDS, TOKENS, role_places
 from .layer_edges import Read, layer_edges, read_by
@@ -155,7 +155,7 @@ def _joined(tables: list[pd.DataFrame], columns: Iterable[str]) -> pd.DataFrame:
 
 def _label(table: pd.DataFrame, model, batch, upstream: Upstream) -> pd.DataFrame:
     "The columns of `EDGE_COLUMNS` from indices."
-    info, (role_at, roles) = model_info(model), role_places(batch)
+    info, (role_at, roles) = current_info(model), role_places(batch)
     out = pd.DataFrame({c: table[c] for c in table if c in EDGE_COLUMNS})
     component = table["component"].to_numpy(dtype=np.int64)
     side = table["side"].to_numpy(np.int8)
