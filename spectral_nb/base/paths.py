@@ -53,3 +53,8 @@ def inside(folder: Path, name: str, what: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts or Path(name).is_absolute() or re.match(r"^[A-Za-z]:", name):
         raise ValueError(f"{what}={name!r} leaves the model's folder: allowed is a name inside it")
     return folder / name
+
+# %% ../../nbs/base/paths.ipynb #p-named
+def named_file(name: str | Path) -> Path:
+    "The file that a parameter names: as seen from here, else from the repository, wherever a notebook runs."
+    return Path(name) if Path(name).is_file() else repo_root() / name

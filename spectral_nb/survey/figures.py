@@ -15,6 +15,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
 
 from ..base.checks import head_name
+from ..base.labels import literal
 from ..base.plots import COLORS, figure
 from .model_survey import ModelSurvey
 from .rankings import matched_k, precision_at_k
@@ -37,7 +38,7 @@ def plot_class_shares(surveyed: Sequence[ModelSurvey]):
         if width.any():
             ax.barh(range(len(rows)), width, left=left, color=color, label=name.replace("_", " "))
         left += width
-    ax.set_yticks(range(len(rows)), [n for n, _ in rows], fontsize=8)
+    ax.set_yticks(range(len(rows)), literal(n for n, _ in rows), fontsize=8)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of the heads")
@@ -67,7 +68,7 @@ def plot_rankings(surveyed: Sequence[ModelSurvey]):
             at = (h.rank, h.score)
             ax.annotate(head_name(h.layer, h.head), at, xytext=(4, 4), textcoords="offset points", fontsize=8)
         ax.axvline(matched_k(len(c)) + 0.5, color="#999999", linestyle=":", linewidth=1.2)
-        ax.set_title(s.name, fontsize=9)
+        ax.set_title(literal(s.name), fontsize=9)
         ax.set_ylabel(s.ranked_by)
     for ax in axes[-1]:
         ax.set_xlabel("rank")
@@ -80,7 +81,7 @@ def plot_precision(surveyed: Sequence[ModelSurvey], published: pd.DataFrame | No
     for i, s in enumerate(surveyed):
         c = s.classed
         t = precision_at_k(c, range(1, len(c) + 1))
-        ax.plot(t["k"] / len(c), t["precision"], "o-", color=COLORS[i % len(COLORS)], label=s.name)
+        ax.plot(t["k"] / len(c), t["precision"], "o-", color=COLORS[i % len(COLORS)], label=literal(s.name))
     for column, n in (
         (("karpathy_124m", 144), ("pythia_160m", 144), ("pythia_410m", 384)) if published is not None else ()
     ):
@@ -104,7 +105,7 @@ def plot_bos_layers(surveyed: Sequence[ModelSurvey]):
             ax.plot(at, b["share"], "o-", color=COLORS[i], markersize=3, linewidth=0.8, label=batch)
             if len(b) <= 8:
                 ax.errorbar(at, b["share"], bars, fmt="none", color=COLORS[i], capsize=2, linewidth=0.8)
-        ax.set_title(s.name, fontsize=9)
+        ax.set_title(literal(s.name), fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_ylim(-0.05, 1.05)
     for ax in axes[-1]:
@@ -135,7 +136,7 @@ def plot_ablations(surveyed: Sequence[ModelSurvey]):
             v = t[t["condition"] == condition]["effect"]
             ax.plot(v, [y] * len(v), marker, color=color, markersize=5, alpha=0.5 if marker == "o" else 1, label=label)
     names = [f"{n}: {k[1]} ({t['n_heads'].iloc[0]}), {k[0]}" for n, k, t in rows]
-    ax.set_yticks(range(len(rows)), names, fontsize=8)
+    ax.set_yticks(range(len(rows)), literal(names), fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel("log-probability of the answer lost (nats)")
@@ -161,7 +162,7 @@ def plot_verdicts(claims: pd.DataFrame):
         if isinstance(v, str):
             shown = {"undecided": "?"}.get(v, v)
             ax.text(j, i, shown, ha="center", va="center", fontsize=9, color="black" if v == "undecided" else "white")
-    ax.set_xticks(range(len(grid.columns)), grid.columns, rotation=40, ha="left", fontsize=8)
+    ax.set_xticks(range(len(grid.columns)), literal(grid.columns), rotation=40, ha="left", fontsize=8)
     ax.xaxis.tick_top()
     ax.set_yticks(range(len(grid)), ["\n".join(wrap(c, 44)) for c in grid.index], fontsize=8)
     ax.grid(False)
@@ -176,7 +177,7 @@ def plot_removal_curves(surveyed: Sequence[ModelSurvey]):
         ax.plot(c["m"], -c["loss"], "o-", color=COLORS[0], label="removed in turn")
         ax.plot(c["m"][1:], -c["alone_loss"][1:], "x", color=COLORS[1], label="removed alone")
         ax.set_xticks(c["m"], ["none", *c["head"][1:]], rotation=60, fontsize=8)
-        ax.set_title(s.name, fontsize=9)
+        ax.set_title(literal(s.name), fontsize=9)
     fig.supylabel("log-probability of the answer (nats)", fontsize=10)
     axes[0][0].legend(fontsize=8)
     return fig
@@ -194,6 +195,6 @@ def plot_experts(s: ModelSurvey):
     ax.set_xticks(sorted(e["layer"].unique()))
     ax.set_xlabel("layer")
     ax.set_ylabel("participation ratio")
-    ax.set_title(s.name)
+    ax.set_title(literal(s.name))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=8)
     return fig
