@@ -52,7 +52,7 @@ class Activations:
 def token_batch(model, tokens) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " batch"]]:
     "Tokens and lengths of a PromptBatch, tensor or array, checked against the model."
     spec = ArchSpec.from_model(model)
-    mask = getattr(tokens, "attention_mask", None)
+    mask, fits = getattr(tokens, "attention_mask", None), getattr(tokens, "check_fits", None)
     tokens = torch.as_tensor(getattr(tokens, "tokens", tokens))
     if tokens.ndim != 2 or tokens.is_floating_point():
         given = f"shape {tuple(tokens.shape)} and dtype {tokens.dtype}"
@@ -65,6 +65,8 @@ def token_batch(model, tokens) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " 
         raise ValueError(f"tokens has prompts of {tokens.shape[1]} tokens; the model's context holds {spec.n_ctx}")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < spec.d_vocab:
         raise ValueError(f"tokens has values outside 0..{spec.d_vocab - 1}, the model's vocabulary")
+    if fits is not None:
+        fits(model)
     lengths = torch.full((len(tokens),), tokens.shape[1]) if mask is None else torch.as_tensor(mask).sum(1).cpu()
     return tokens, lengths
 

@@ -19,9 +19,8 @@ from .pairs import pair_scores
 from .slices import head_table, pair_table
 from .sparsity import TaskSlices, control_table
 from ..base.claims import claims_table, differs, equals, identity
-from ..base.files import read_table
 from ..base.intervals import Interval, bootstrap_ci
-from ..base.paths import data_dir
+from ..base.real_model import real_part
 from ..models.architectures import ArchSpec
 
 # %% ../../nbs/attention/sparsity_claims.ipynb #cla-003
@@ -137,7 +136,5 @@ def claim_sentences(table: pd.DataFrame) -> str:
 # %% ../../nbs/attention/sparsity_claims.ipynb #cla-012
 def real_results() -> tuple[pd.DataFrame, pd.DataFrame]:
     "Claims and the tasks' numbers of the kept run on the real model (`data/claims/real`); empty where it is absent."
-    files = [data_dir() / "claims" / "real" / f"sparse_attention{part}.parquet" for part in ("", "_table")]
-    if not all(file.is_file() for file in files):
-        return pd.DataFrame(), pd.DataFrame()
-    return tuple(read_table(file) for file in files)
+    found = real_part("sparse_attention"), real_part("sparse_attention", "table")
+    return (pd.DataFrame(), pd.DataFrame()) if any(t.empty for t in found) else found

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attention.activations import run_to
+from ..base.progress import progress
 from .ablation import replacement
 from .metrics import read_hooks, read_values, reads_end
 from .reached import at_tokens, distinct_tokens, given_stream, prefix_ids, replaced_forwards, skipped
@@ -85,7 +86,7 @@ def head_values(model, part, heads, metric, mode: str, reference, seed: int) -> 
     spec = ArchSpec.from_model(model)
     size = max(1, _HIDDEN // (part.tokens.numel() * max(spec.d_mlp, spec.d_model)))
     found = {}
-    for layer in layers:
+    for layer in progress(layers, desc="heads alone, by layer"):
         before, z = (cache.pop(f"blocks.{layer}.{h}") for h in ("hook_resid_pre", "attn.hook_z"))
         mine = [head for a, head in heads if a == layer]
         for some in (mine[i : i + size] for i in range(0, len(mine), size)):

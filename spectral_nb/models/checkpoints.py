@@ -131,8 +131,11 @@ _SMALL = ("*.json", "*.txt", "*.model")  # configuration, indices, tokenizer
 
 
 def _download(source: Source, weights: bool) -> Path:
-    "Snapshot folder of a hub revision, from the cache where the hub is not reached; else FileNotFoundError."
+    """Snapshot folder of a hub revision, from the cache where the hub is not reached.
+
+    ValueError for a revision that the hub does not have, else FileNotFoundError."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
     def fetch(*patterns: str) -> Path:
         return Path(
@@ -147,6 +150,9 @@ def _download(source: Source, weights: bool) -> Path:
             folder = fetch("model*.safetensors")
             if not any(folder.glob("model*.safetensors")):
                 folder = fetch("pytorch_model*.bin")
+    except RevisionNotFoundError as e:
+        known = list_revisions(source.name)
+        raise ValueError(unknown_name_error("revision", source.revision, known) + f" (model {source.name!r})") from e
     except Exception as e:
         raise FileNotFoundError(unknown_model_error(source.name, e) + f" (revision {source.revision!r})") from e
     return folder

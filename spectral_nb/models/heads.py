@@ -97,6 +97,16 @@ def head_weights(
     k_gain = _gain(attn, "k_norm", spec, spec.n_key_value_heads)
     return HeadWeights(**W, **b, q_gain=q_gain, k_gain=k_gain, qk_centred=spec.qk_norm == "heads")
 
+# %% ../../nbs/models/heads.ipynb #heads-value
+def value_biases(model: Any) -> Float[Tensor, "layer head d_head"]:
+    "What every value of a head holds whatever the token, of raw weights: the bias, and the norm's bias through `W_V`."
+    found = []
+    for layer, block in enumerate(model.blocks):
+        w = head_weights(model, layer)
+        shift = getattr(getattr(block, "ln1", None), "b", None)
+        found.append(w.b_V if shift is None else w.b_V + torch.einsum("d,hde->he", exact(shift).to(w.W_V), w.W_V))
+    return torch.stack(found)
+
 # %% ../../nbs/models/heads.ipynb #heads-010
 def _frequencies(model: Any, spec: ArchSpec, layer: int) -> Tensor:
     "Angles per position of a layer's dimension pairs, as the model holds them (by kind of layer where these differ)."

@@ -15,6 +15,7 @@ from ..base.checks import check_in
 from .architectures import ArchSpec
 from .checkpoints import resolve
 from .families import FAMILIES
+from .heads import value_biases
 from .hf_models import check_weights, placeholder_tokenizer, plain_model, source_tokenizer
 from .records import register_model
 from .verification import compare, reference_log_probs
@@ -85,6 +86,7 @@ def from_hf(
     _take_over(hf_model)
     bridge = _boot(hf_model, tokenizer if tokenizer is not None else placeholder_tokenizer(spec.d_vocab), name)
     if processing == "folded":
+        object.__setattr__(bridge, "spectral_value_biases", value_biases(bridge))  # folding moves them out of the heads
         bridge.enable_compatibility_mode(disable_warnings=True)
     bridge.eval().requires_grad_(False)
     register_model(bridge, name=name, processing=processing, revision=revision, step=step, tokens=tokens)

@@ -7,7 +7,9 @@ __all__ = ['ModelInfo', 'weights_hash', 'model_info']
 
 # %% ../../nbs/models/records.ipynb #records-002
 import hashlib
-from dataclasses import dataclass
+import weakref
+import zlib
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +53,20 @@ def model_info(model: Any) -> ModelInfo:
             "register it with register_model(model, name=..., processing=...)"
         )
     return info
+
+# %% ../../nbs/models/records.ipynb #records-now
+_hashed = weakref.WeakKeyDictionary()  # model -> (checksums of its tensors, their hash)
+
+
+def current_info(model: Any) -> ModelInfo:
+    "`model_info` with the hash of the weights as they are now: changes in place, through `.data` too, are seen."
+    info, state = model_info(model), []
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        state.append((name, zlib.crc32(memoryview(values))))
+    if _hashed.get(model, (None,))[0] != state:
+        _hashed[model] = state, weights_hash(model)
+    return replace(info, weights_hash=_hashed[model][1])
 
 # %% ../../nbs/models/records.ipynb #records-009
 @checked

@@ -21,7 +21,7 @@ from ..attention.terms import slice_coordinates, slice_vectors
 from ..base.checks import head_name
 from ..models.architectures import ArchSpec
 from ..models.heads import as_written, head_weights
-from ..models.records import model_info
+from ..models.records import current_info
 from .edge_tables import check_edges
 from .reading import slice_mask
 
@@ -55,7 +55,7 @@ EDGE_KEYS = (
 
 def checked_edges(model, batch, edges: pd.DataFrame) -> pd.DataFrame:
     "Edges with a row index, if they are of this model, between heads, causal and inside the batch's prompts."
-    info = model_info(model)
+    info = current_info(model)
     check_edges(edges, EDGE_KEYS)
     if info.processing != "folded":
         raise ValueError("model: interventions project outputs onto singular vectors, which needs processing='folded'")

@@ -26,7 +26,8 @@ from spectral_nb.attention.terms import slice_terms
 from spectral_nb.base.checks import check_int, head_name, parse_heads
 from spectral_nb.models.records import model_info
 from spectral_nb.views.pages import asset, token_texts, write_page
-from spectral_nb.base.plots import COLORS, figure, literal
+from spectral_nb.base.labels import literal
+from spectral_nb.base.plots import COLORS, figure
 
 # %% ../../nbs/views/attention.ipynb #17-005
 @torch.no_grad()
