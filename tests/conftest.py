@@ -12,8 +12,15 @@ import torch
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 
+# Files that take longest come first, so that no worker of pytest-xdist begins one of them at the end.
+SLOW_FILES = ("arguments", "sweeps_kills", "website", "sweeps", "sweeps_faults", "real_models", "cross_architecture")
 D_VOCAB, N_CTX = 97, 32
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "qwen3", "olmo", "olmoe")
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def tiny_hf(architecture: str, seed: int = 0, **changes):
