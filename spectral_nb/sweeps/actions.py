@@ -213,6 +213,10 @@ def report_sweep(source, out: str | Path | None = None) -> Path:
     return _html_page(request.folder / "notebook.ipynb", folder)
 
 # %% ../../nbs/sweeps/actions.ipynb #actions-013
+# on a phone a figure keeps its size and scrolls, as a table does
+_WIDE = "<style>.jp-RenderedImage { overflow-x: auto } .jp-RenderedImage img { max-width: none }</style>"
+
+
 def _html_page(executed: Path, folder: Path) -> Path:
     "The report as a page: from its cell tagged `report` on; what comes before tries the drawing on a made-up sweep."
     try:
@@ -225,5 +229,6 @@ def _html_page(executed: Path, folder: Path) -> Path:
     nb, page = nbformat.read(executed, 4), folder / "report.html"
     start = next((i for i, c in enumerate(nb.cells) if "report" in c.metadata.get("tags", [])), 0)
     nb.cells = nb.cells[start:]
-    page.write_text(exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=f"Sweep {folder.name}")))[0])
+    html = exporter.from_notebook_node(nb, resources=dict(metadata=dict(name=f"Sweep {folder.name}")))[0]
+    page.write_text(html.replace("</head>", f"{_WIDE}</head>", 1))
     return page

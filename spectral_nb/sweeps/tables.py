@@ -7,6 +7,7 @@ __all__ = ['load_results']
 
 # %% ../../nbs/sweeps/tables.ipynb #tables-002
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -92,12 +93,18 @@ def load_results(folder: str | Path) -> pd.DataFrame:
     """All results of the sweep in a folder as one long table: metric and value, the runs' parameters, provenance.
 
     Of several sweeps in one folder, those of the one that was collected last; runs that have finished since (a sweep
-    that is still running, or was killed) count. FileNotFoundError if nothing has finished.
+    that is still running, or was killed) are joined afresh. FileNotFoundError if nothing has finished.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder={str(folder)!r} does not exist")
+    results = folder / "results.parquet"
     names = [p.parent.name for p in sorted(folder.glob("*/run.json"), key=lambda p: p.stat().st_mtime_ns)]
     if (folder / "sweep.json").is_file():
         names = read_json(folder / "sweep.json")["runs"]
-    return results_of(folder, [r for r in finished(folder, names) if r["section"] != "sweep_report"])
+    records = [r for r in finished(folder, names) if r["section"] != "sweep_report"]
+    written = results.stat().st_mtime_ns if results.is_file() else 0
+    if written and all((folder / r["run_id"] / "run.json").stat().st_mtime_ns <= written for r in records):
+        with suppress(OSError, ValueError):  # damaged: joined afresh
+            return pd.read_parquet(results)
+    return results_of(folder, records)
