@@ -73,3 +73,12 @@ def test_the_times_of_the_runs_are_kept():
         pytest.skip("make real was not run")
     runs = pd.read_parquet(path)
     assert (runs.model == REAL_MODEL).all() and (runs.seconds > 0).all() and runs.section.is_unique
+
+
+def test_ratios_are_of_raw_weights():
+    "Folding moves value biases out of the heads' outputs and changes their ratio by up to 31 %."
+    for section in ("pr_fingerprint", "cross_architecture"):
+        assert CONFIGS[section]().processing == "raw"
+    for file in ("survey_pythia", "survey_1b"):
+        for run in expand(load_spec(repo_root() / "nbs" / "sweeps" / f"{file}.yaml")):
+            assert run.get("processing", "raw") == "raw"
