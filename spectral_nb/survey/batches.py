@@ -67,7 +67,10 @@ def make_batches(name: str, model, cfg) -> dict:
     found = natural_bigrams(model, natural_source(name, cfg), n + n_ablation, seed=cfg.seed, **common)
     if len(found) < 16:
         raise ValueError(f"text: only {len(found)} windows hold a repeated bigram; at least 16 are needed")
-    batches = {"synthetic": synthetic, "natural": list(found.split(min(n, len(found) * 2 // 3)))}
+    natural = list(found.split(min(n, len(found) * 2 // 3)))
+    if spec.n_layers * spec.n_heads > LARGE:
+        natural[1] = natural[1].subset(slice(0, n_ablation))
+    batches = {"synthetic": synthetic, "natural": natural}
     if cfg.prompts:
         from spectral_nb.prompts.own_prompts import from_file
 
