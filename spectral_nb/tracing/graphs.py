@@ -14,6 +14,7 @@ import pandas as pd
 from ..base.arguments import checked
 from ..base.checks import check_in, check_int, head_name
 from .edge_tables import check_edges
+from .paths import carrying
 
 # %% ../../nbs/tracing/graphs.ipynb #graphs-004
 SCHEMA = "spectral_nb-trace-graph-1"
@@ -31,12 +32,15 @@ def _mode(values: pd.Series) -> str:
 def _grouped(edges: pd.DataFrame, min_count: int) -> pd.DataFrame:
     "One row a communication edge."
     keys = ["upstream", "upstream_layer", "upstream_head", "layer", "head", "role"]
+    edges = edges.assign(**{c: v for c, v in (("flow", 0.0), ("kind", "")) if c not in edges})
     table = (
         edges.groupby(keys, sort=True, observed=True)
         .agg(
             count=("prompt", "nunique"),
             rows=("prompt", "size"),
             total=("contribution", "sum"),
+            flow=("flow", "sum"),
+            reads=("kind", lambda k: "+".join(sorted(set(map(str, k))))),
             token=("token", lambda t: t.iat[0] if t.nunique() == 1 else "both"),
             q_role=("q_role", _mode),
             k_role=("k_role", _mode),
@@ -65,14 +69,19 @@ def _constants(edges: pd.DataFrame) -> dict[str, str]:
 
 # %% ../../nbs/tracing/graphs.ipynb #graphs-007
 @checked
-def trace_graph(edges: pd.DataFrame, min_count: int = 1, *, unlabeled: str = "drop") -> nx.DiGraph:
+def trace_graph(
+    edges: pd.DataFrame, min_count: int = 1, *, unlabeled: str = "drop", flow: float | None = None
+) -> nx.DiGraph:
     """Directed graph of a trace: communication edges head -> role node, attention edges role node -> head.
 
     `min_count`: prompts in which an edge must have been traced; `unlabeled`: "drop" or "keep" tokens without a role.
-    ValueError for a table without `GRAPH_COLUMNS`."""
+    `flow`: keep the fewest edges that carry this share of the flow (of edges as `trace_flow` returns them).
+    ValueError for a table without `GRAPH_COLUMNS`, and with `flow` for one without flow."""
     check_int("min_count", min_count, 1)
     check_in("unlabeled", unlabeled, ("drop", "keep"))
     edges = check_edges(edges)
+    if flow is not None:
+        edges = edges[carrying(edges, flow)]
     labelled = edges[edges["role"] != ""] if unlabeled == "drop" else _named_roles(edges)
     graph = nx.DiGraph(
         schema=SCHEMA, min_count=min_count, n_prompts=int(edges["prompt"].nunique()), **_constants(edges)
@@ -90,7 +99,7 @@ def _add_communication(graph: nx.DiGraph, e: Any) -> None:
     graph.add_node(head, layer=int(e.layer), head=int(e.head), role="")
     graph.add_node(role_node, layer=int(e.layer), head=int(e.head), role=e.role)
     numbers = dict(count=int(e.count), total=float(e.total), weight=float(e.weight))
-    roles = dict(token=e.token, q_role=e.q_role, k_role=e.k_role)
+    roles = dict(token=e.token, q_role=e.q_role, k_role=e.k_role, reads=e.reads, flow=float(e.flow))
     graph.add_edge(e.upstream, role_node, kind="communication", **numbers, **roles)
 
 
@@ -111,8 +120,9 @@ def _add_attention(graph: nx.DiGraph, labelled: pd.DataFrame) -> None:
 def communication_edges(graph: nx.DiGraph) -> pd.DataFrame:
     """The communication edges of a graph as a table, a row an edge.
 
-    Columns upstream, downstream, its layer, head and role, and token, q_role, k_role, count, total, weight."""
-    attributes = ["token", "q_role", "k_role", "count", "total", "weight"]
+    Columns upstream, downstream, its layer, head and role, and token, q_role, k_role, count, total, weight,
+    reads (query, key, value or several; None where not known) and flow (of `trace_flow`; 0 or None without)."""
+    attributes = ["token", "q_role", "k_role", "count", "total", "weight", "reads", "flow"]
     rows = []
     for u, v, d in graph.edges(data=True):
         if d["kind"] == "communication":

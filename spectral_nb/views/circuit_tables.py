@@ -85,7 +85,7 @@ def _effects(effects: pd.DataFrame | None) -> tuple[list[str], dict]:
 def _edge_records(table: pd.DataFrame, rows: dict, effects: pd.DataFrame | None) -> list[dict]:
     "One record for every edge of the page, the most frequent first."
     records, (keys, given) = [], _effects(effects)
-    for i, e in enumerate(table.sort_values(["count", "total"], ascending=False).itertuples()):
+    for i, e in enumerate(table.sort_values(["flow", "count", "total"], ascending=False).itertuples()):
         known = rows.get((e.upstream, e.layer, e.head, e.role), dict(share=None, slices=None, rows=[]))
         values = given.get(tuple(getattr(e, k) for k in keys), {})
         records.append(
@@ -96,6 +96,8 @@ def _edge_records(table: pd.DataFrame, rows: dict, effects: pd.DataFrame | None)
                 "up": e.upstream,
                 "down": e.downstream,
                 "token": e.token,
+                "reads": e.reads or "",
+                "flow": e.flow or 0.0,
                 "role": e.role,
                 "q_role": e.q_role,
                 "k_role": e.k_role,
@@ -152,6 +154,13 @@ def _prompt_records(trace: pd.DataFrame | None, batch: Any, tokenizer: Any, edge
         totals[r.prompt][r.position] += r.contribution
     return dict(prompts=texts, totals=totals)
 
+# %% ../../nbs/views/circuit_tables.ipynb #tables-0055
+def opening_share(flows: list[float], share: float = 0.8, most: int = 60) -> float:
+    "The share of the flow that the page opens with: `share`, or what the `most` strongest edges carry; 0 without flow."
+    ordered = sorted((max(f, 0.0) for f in flows), reverse=True)
+    total = sum(ordered)
+    return min(share, sum(ordered[:most]) / total) if total > 0 else 0.0
+
 # %% ../../nbs/views/circuit_tables.ipynb #tables-006
 def circuit_data(
     edges: pd.DataFrame | nx.DiGraph,
@@ -184,6 +193,7 @@ def circuit_data(
         box=places["box"],
         meta=dict(
             n_prompts=n_prompts,
+            flow=opening_share([r["flow"] for r in records]),
             **{k: graph.graph.get(k, "") for k in ("model", "revision", "processing", "weights_hash", "source")},
         ),
     )

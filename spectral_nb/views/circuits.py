@@ -18,7 +18,7 @@ from spectral_nb.views.circuit_tables import circuit_data
 from spectral_nb.views.pages import asset, vis_network, write_page
 
 # %% ../../nbs/views/circuits.ipynb #circuits-002
-SCRIPTS = ("circuit_facts.js", "circuit_prompts.js", "circuit_graph.js", "circuit_controls.js")
+SCRIPTS = ("circuit_facts.js", "circuit_prompts.js", "circuit_graph.js", "circuit_layout.js", "circuit_controls.js")
 
 # %% ../../nbs/views/circuits.ipynb #circuits-003
 def circuit_page(
@@ -35,6 +35,7 @@ def circuit_page(
     """Write the interactive page of a trace to `path` and return it.
 
     edges: table of `svt.trace`, or a graph (`trace_graph`, `read_graph`); a graph alone has no prompts to show.
+    A table with the column `flow` (`trace_flow`) opens with the edges that carry 80 % of it, 60 at most.
     batch, tokenizer: what was traced, for the prompts behind each edge (None: without them, or ids instead of words).
     effects: table of `edge_interventions`, or any with `upstream, layer, head` and `role` or `token`; means are shown.
     known_heads: heads known from elsewhere, marked; a list, roles with lists, or a published circuit's JSON file.
@@ -46,8 +47,9 @@ def circuit_page(
     meta["title"] = title or "Circuit of " + ", ".join(
         s for s in (model or meta["source"] or "a trace", getattr(batch, "task", "")) if s
     )
+    n = meta["n_prompts"]
     meta["note"] = (
-        f"Singular vector tracing over {meta['n_prompts']} prompts. A node is a head at the token that it writes to; "
+        f"Singular vector tracing over {n} prompt{'s' * (n != 1)}. A node is a head at the token that it writes to; "
         "an edge is what another head reads from it."
     )
     meta["foot"] = ", ".join(
@@ -82,11 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     from spectral_nb.tracing.interventions import edge_interventions
     from spectral_nb.models.loading import load_model
     from spectral_nb.prompts.tasks import make_batch
-    from spectral_nb.tracing.recursion import trace
+    from spectral_nb.tracing.flow import trace_flow
+    from spectral_nb.tracing.recursion import trace_tables
 
     model = load_model(a.model, a.revision, processing=a.processing)
     batch = make_batch(a.task, model, a.prompts, seed=a.seed)
-    edges = trace(model, batch, a.roots or None)
+    edges = trace_flow(*trace_tables(model, batch, a.roots or None)).edges
     kinds = [("ablate", scope, slices) for scope in ("global", "local") for slices in ("traced", "random")]
     effects = edge_interventions(model, batch, edges, kinds=kinds) if a.interventions else None
     path = circuit_page(edges, batch, model.tokenizer, a.out, effects=effects, known_heads=a.known)

@@ -1,8 +1,13 @@
 const state = new Map(D.edges.map(e => [e.id, true]));
-const shown = e => e.count >= +$('count').value && (e.share === null || e.share >= +$('share').value - 1e-9);
+let carry = 0, allFlow = 0, last = '';
+const upTo = new Map();  // edge -> share of the flow that is shown before it
+for (const e of D.edges) allFlow += weightOf(e);
+for (const e of D.edges) { upTo.set(e.id, carry / allFlow); carry += weightOf(e); }  // the strongest first
+const shown = e => (!hasFlow || (upTo.get(e.id) < +$('flow').value - 1e-6 && weightOf(e) > 0)) && e.count >= +$('count').value && (e.share === null || e.share >= +$('share').value - 1e-9);
 function apply() {
   $('count-value').value = $('count').value;
   $('share-value').value = Math.round(100 * $('share').value) + ' %';
+  $('flow-value').value = Math.round(100 * $('flow').value) + ' %';
   const used = new Set(), changed = [];
   for (const e of D.edges) {
     const on = shown(e);
@@ -11,7 +16,11 @@ function apply() {
   }
   if (changed.length) { edges.update(changed); nodes.update(D.nodes.map(n => ({id: n.id, hidden: !used.has(n.id)}))); }
   const n = [...state.values()].filter(Boolean).length, components = new Set(D.nodes.filter(d => used.has(d.id)).map(d => d.label)).size;
-  $('status').textContent = n + ' of ' + D.edges.length + ' edges, ' + components + ' components';
+  const carried = D.edges.filter(e => state.get(e.id)).reduce((s, e) => s + weightOf(e), 0);
+  $('status').textContent = n + ' of ' + D.edges.length + ' edges, ' + components + ' components' +
+    (hasFlow ? ', which carry ' + Math.round(100 * carried / allFlow) + ' % of the flow' : '');
+  const now = [...used].sort().join();
+  if (hasFlow && now !== last) { last = now; nodes.update(arranged(used)); fit(); }
 }
 let chosen = null;
 function showEdge(id) {
@@ -42,9 +51,16 @@ network.on('click', p => { if (p.nodes.length) showNode(p.nodes[0]); else if (p.
 for (const e of D.edges) { const row = edgeRow(e, [e.count, e.mean, e.share, e.slices]); rowOf.set(e.id, row); $('list').append(row); }
 for (const id of ['title', 'note', 'foot']) $(id).textContent = D.meta[id];
 $('ring').hidden = !D.nodes.some(n => n.known);
-$('both').hidden = !D.edges.some(e => e.token === 'both');
+for (const k of Object.keys(KIND)) if (D.edges.some(e => kindOf(e) === k)) {
+  const mark = make('span'), line = make('i');
+  line.style.background = COLOR[k];
+  mark.append(line, KIND[k]);
+  $('kinds').append(mark, ' ');
+}
+$('flow-bar').hidden = !hasFlow;
+if (hasFlow) { $('flow').step = 'any'; $('flow').value = innerWidth < 500 && D.edges.length > 24 ? Math.min(D.meta.flow, upTo.get(D.edges[24].id)) : D.meta.flow; $('width').textContent = 'width: flow'; }
 $('count').max = most;
-for (const id of ['count', 'share']) $(id).addEventListener('input', apply);
+for (const id of ['count', 'share', 'flow']) $(id).addEventListener('input', apply);
 $('by').addEventListener('change', () => { if (chosen !== null) showEdge(chosen); });
 $('fit').onclick = fit;
 addEventListener('resize', fit);

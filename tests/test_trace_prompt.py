@@ -1,0 +1,92 @@
+"One prompt, one call; the same from the shell; graphs pruned by flow."
+
+import numpy as np
+import pytest
+
+from spectral_nb.models.loading import load_model
+from spectral_nb.models.planted_circuits import planted
+from spectral_nb.tracing.flow import trace_flow
+from spectral_nb.tracing.graphs import communication_edges, trace_graph
+from spectral_nb.tracing.one_prompt import trace_prompt
+from spectral_nb.tracing.paths import in_words, strongest_paths
+from spectral_nb.tracing.recursion import trace_tables
+from spectral_nb.views.circuit_tables import opening_share
+from spectral_nb.views.trace_command import main
+
+TEXT = "When Mary and John went to the shop , John gave a book to"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return trace_prompt(load_model("story-neox"), TEXT, " Mary", " John")
+
+
+def test_paths_add_up_to_the_roots_and_are_the_strongest(found):
+    every = strongest_paths(found.flow, found.firings, n=10**6, smallest=0.0)
+    assert sum(p.carried for p in every) == pytest.approx(found.firings["weight"].sum(), rel=1e-6)
+    assert [p.carried for p in found.paths(3)] == pytest.approx([p.carried for p in every[:3]])
+    roots = {f"L{layer}H{head}" for layer, head in found.roots}
+    assert {p.steps[0].component for p in every} <= roots and found.firings["weight"].sum() > 0
+
+
+def test_roots_are_not_given_by_hand(found):
+    weights = found.firings[found.firings["root"].astype(bool)].groupby(["layer", "head"])["weight"].sum()
+    assert set(weights.index) == set(found.roots) and (weights > 0).all()
+
+
+def test_words_name_tokens_heads_and_what_is_read():
+    p = planted("values", 1)
+    edges, firings = trace_tables(p.model, p.batch, p.roots, values=True)
+    paths = strongest_paths(trace_flow(edges, firings), firings, 100)
+    said = [in_words(path, lambda prompt, position: f"t{position}", "X") for path in paths]
+    end, source = int(p.batch.at("end")), int(p.batch.at("source"))
+    first = f"L2H1 at t{end} looking at t{end} favours X"
+    middle = f"{first} <- its value reads L1H2 at t{end} looking at t{source}"
+    assert {first, middle, f"{middle} <- its value reads L0H1 at t{source} looking at t{source - 2}"} <= set(said)
+    assert f"{middle} <- its key reads L0H0 at t{source} looking at t{source - 1}" in said and len(said) == 4
+
+
+def test_graphs_are_pruned_by_flow():
+    p = planted("values", 3)
+    edges, firings = trace_tables(p.model, p.batch, p.roots, values=True)
+    flow = trace_flow(edges, firings).edges
+    whole, half = (trace_graph(flow, unlabeled="keep", flow=f) for f in (1.0, 0.5))
+    assert len(communication_edges(whole)) == 3 and len(communication_edges(half)) == 1
+    assert communication_edges(half)["reads"].tolist() == ["value"]
+    assert communication_edges(half)["flow"].iat[0] == pytest.approx(flow["flow"].max() * 3, rel=0.1)
+    with pytest.raises(ValueError, match="trace_flow"):
+        trace_graph(edges, flow=0.8)
+
+
+def test_a_page_opens_with_at_most_sixty_edges():
+    assert opening_share([3.0, 1.0, 0.0]) == 0.8 and opening_share([0.0]) == 0.0
+    assert opening_share(list(np.ones(600))) == pytest.approx(0.1)
+
+
+def test_the_command(tmp_path, capsys):
+    page = tmp_path / "c.html"
+    given = [
+        TEXT,
+        "--model",
+        "story-neox",
+        "--answer",
+        " Mary",
+        "--wrong",
+        " John",
+        "--html",
+        str(page),
+        "--paths",
+        "3",
+    ]
+    assert main(given) == 0
+    out = capsys.readouterr().out
+    assert "logit difference" in out and " 1. " in out and " 4. " not in out and page.stat().st_size > 1e5
+    assert main([TEXT, "--model", "story-neox", "--answer", " Mary", "--wrong", " Mary"]) == 2
+    assert "answer" in capsys.readouterr().err
+    assert main([TEXT, "--model", "no-such-model", "--answer", " Mary"]) == 2
+    assert "no-such-model" in capsys.readouterr().err
+
+
+def test_without_a_rival(found):
+    alone = trace_prompt(load_model("story-neox"), TEXT, " Mary")
+    assert np.isnan(alone.logit_diff) and alone.firings["weight"].sum() > 0 and "over" not in str(alone).split("\n")[0]
