@@ -44,7 +44,7 @@ def _direct_effects(model: Any, acts: Activations, layer: int, rows, end, direct
     return torch.einsum("hbm,bm->bh", as_written(model, layer, wrote, after), direction)
 
 
-def _part_attribution(model: Any, part: Any, options: TraceOptions) -> tuple[Tensor, Tensor]:
+def direct_effects(model: Any, part: Any, options: TraceOptions) -> tuple[Tensor, Tensor]:
     "(direct effect, whether it fires) of every prompt, layer and head."
     spec, acts = ArchSpec.from_model(model), capture(model, part, logits=False)
     rows, end = torch.arange(len(part), device=acts.x.device), part.at(options.q_role).to(acts.x.device)
@@ -57,7 +57,7 @@ def _part_attribution(model: Any, part: Any, options: TraceOptions) -> tuple[Ten
     fired[p.prompt.cpu(), p.layer.cpu(), p.head.cpu()] = 1.0
     return effect.cpu(), fired
 
-
+# %% ../../nbs/tracing/roots.ipynb #roots-0052
 def _parts(batch: Any, options: TraceOptions) -> Iterable[tuple[Any, TraceOptions]]:
     "Batches of prompts, each with its own rows of the target."
     places = torch.arange(len(batch)).split(options.batch_size)
@@ -105,7 +105,7 @@ def logit_attribution(model: Any, batch: Any, options: TraceOptions = TraceOptio
 
     Columns layer, head, name, effect (mean over prompts, in logits or units of `options.target`), fires (share of
     prompts), ci_low, ci_high."""
-    parts = [_part_attribution(model, part, mine) for part, mine in _parts(batch, options)]
+    parts = [direct_effects(model, part, mine) for part, mine in _parts(batch, options)]
     effect, fire = torch.cat([e for e, _ in parts]).double().numpy(), torch.cat([f for _, f in parts]).mean(0)
     table = [
         dict(layer=ly, head=h, name=head_name(ly, h), effect=effect[:, ly, h].mean(), fires=float(fire[ly, h]))
