@@ -79,19 +79,27 @@ def _expert_active(mlp: Any, x: Tensor, indices: Tensor) -> Tensor:
     return (torch.einsum("efd,nd->nef", gate, x) > 0).float().mean(-1).gather(1, indices).mean(-1)
 
 
+def _mlp_input(block: Any, spec: ArchSpec, x: Tensor) -> Tensor:
+    "What an MLP reads of stream vectors: through its norm, attention's where they share one, or as they are."
+    if spec.parallel_blocks and spec.parallel_norms == 1:
+        return block.ln1(x)
+    return block.ln2(x) if hasattr(block, "ln2") else x
+
+
 @torch.no_grad()
 def mlp_response(
     model: Any, layer: int, x: Float[Tensor, "n d_model"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
-    "Norm of the MLP's output and share of active neurons for stream vectors `x`, which pass its LayerNorm first."
+    "Norm of the MLP's output and share of active neurons for stream vectors `x`, which pass its norm first."
     spec, kept = ArchSpec.from_model(model), {}
     block = model.blocks[spec.check_layer(layer)]
     x = x.to(next(block.mlp.parameters()))[None]
     name = "hook_expert_indices" if spec.n_experts else "hook_pre"
     with model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.{name}", lambda v, hook: kept.update(x=v.detach()))]):
-        normalised = block.ln2(x)
+        normalised = _mlp_input(block, spec, x)
         out = block.mlp(normalised)
-    out = out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        out = (block.ln2_post(out) if spec.norm_after else out) * spec.write_scale
     if spec.n_experts:
         active = _expert_active(block.mlp, normalised[0].float(), kept["x"].reshape(x.shape[1], -1))
     else:
@@ -103,8 +111,11 @@ def mlp_response(
 def attention_response(model: Any, layer: int, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
     "Norm of the sum over heads of W_OV x, without biases: what attention writes if every head looks at `x` alone."
     w, block = head_weights(model, layer), model.blocks[layer]
-    z = torch.einsum("nm,hmd->nhd", block.ln1(x.to(w.W_V)[None])[0].float(), w.W_V)
-    return torch.einsum("nhd,hdm->nm", z, w.W_O).norm(dim=-1).cpu()
+    spec, x = ArchSpec.from_model(model), x.to(w.W_V)[None]
+    read = block.ln1(x) if spec.norm_before else x
+    out = torch.einsum("nhd,hdm->nm", torch.einsum("nm,hmd->nhd", read[0].float(), w.W_V), w.W_O)
+    out = block.ln1_post(out[None])[0] if spec.norm_after else out
+    return (out * spec.write_scale).norm(dim=-1).cpu()
 
 # %% ../../nbs/norms/theories.ipynb #theories-001
 def theory_responses(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..attention.activations import run_to
 from ..base.progress import progress
+from ..models.architectures import ArchSpec
 from .targets import CLASSES, baseline_positions, class_weights, null_positions, other_positions
 
 # %% ../../nbs/survey/streaming.ipynb #streaming-005
@@ -40,7 +41,9 @@ def attention_rows(
     | None = None,  # prompts in one pass; None: as many as keep a layer's attention in the processor's cache
 ) -> Iterator[tuple[slice, list[Float[Tensor, "rows head query k_pos"]]]]:
     "Attention rows of every layer, slice by slice of the prompts; ValueError names a layer that is not finite."
-    half = next(model.parameters()).dtype != torch.float32
+    spec = ArchSpec.from_model(model)
+    plain = not (spec.sinks or spec.soft_cap or spec.positions == "alibi")  # the softmax is of the scores alone
+    half = plain and next(model.parameters()).dtype != torch.float32
     name, n_layers = ("attn_scores" if half else "pattern"), model.cfg.n_layers
     room = _IN_CACHE if next(model.parameters()).device.type == "cpu" else 1 << 26
     batch_size = batch_size or max(1, min(256, room // (model.cfg.n_heads * tokens.shape[1] ** 2)))
