@@ -55,7 +55,7 @@ def report(t: PromptTrace, n: int = 10) -> str:
     "Ten lines for ten paths, and what share of the roots' effect each carries."
     over = f" over {t.wrong!r}" if t.wrong else ""
     total = t.firings["weight"].sum()
-    lines = [f"{''.join(t.words)!r}: {t.answer!r}{over}"]
+    lines = [f"{t.batch.text[0]!r}: {t.answer!r}{over}"]
     if t.wrong:
         lines[0] += f", logit difference {t.logit_diff:.2f}"
     lines.append(f"roots add {total:.2f} directly; paths by the share of it that they carry to their end:")
