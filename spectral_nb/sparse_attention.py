@@ -13,7 +13,7 @@ import pandas as pd
 
 from .attention import sparsity
 from .attention.selection import select_slices  # noqa: F401
-from .base.arguments import check_fields
+from .base.arguments import check_fields, checked
 from .base.checks import check_in, check_int
 from .base.long_tables import long_table
 from .base.progress import progress
@@ -49,6 +49,7 @@ class SparseAttentionConfig:
         sparsity.SliceOptions(self.threshold, self.rule, self.n_draws, self.seed)
 
 # %% ../nbs/11_sparse_attention.ipynb #11-012
+@checked
 def measure(cfg: SparseAttentionConfig) -> tuple[Any, list[sparsity.TaskSlices]]:
     "The model, and the slices of every task."
     model = load_model(cfg.model_name, cfg.revision or None, processing=cfg.processing)
@@ -62,6 +63,7 @@ def measure(cfg: SparseAttentionConfig) -> tuple[Any, list[sparsity.TaskSlices]]
     return model, measured
 
 
+@checked
 def run(cfg: SparseAttentionConfig) -> pd.DataFrame:
     "Measure every task of `cfg`; the long table."
     model, measured = measure(cfg)

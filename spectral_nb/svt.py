@@ -12,11 +12,12 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
-from .base.checks import check_in, check_int
+from .base.arguments import checked
+from .base.checks import check_in, check_int, parse_heads
 from .base.long_tables import long_table
 from .models.loading import load_model
 from .models.records import ModelInfo, model_info
-from .prompts.tasks import TASKS, make_batch
+from .prompts.tasks import ROLES, TASKS, make_batch
 from .tracing.edge_tables import EDGE_COLUMNS
 from .tracing.effects import edge_effects, edge_table, heaviest
 from .tracing.graph_files import read_graph, write_graph  # noqa: F401
@@ -56,6 +57,9 @@ class SvtConfig:
         for field in ("model_name", "revision", "roots", "k_role"):
             if not isinstance(getattr(self, field), str):
                 raise TypeError(f"{field} must be a string, got {getattr(self, field)!r}")
+        if self.k_role:
+            check_in("k_role", self.k_role, ROLES[self.task])
+        parse_heads(self.roots, "roots")
         for field in ("n_prompts", "min_count", "skeleton_count", "seed"):
             check_int(field, getattr(self, field), 0)
         check_int("n_edges", self.n_edges, 1)
@@ -115,6 +119,7 @@ def _untraced(cfg: SvtConfig, info: ModelInfo, reason: str) -> SvtResult:
     return SvtResult(cfg, info, [], edges, firing, trace_graph(edges), *(pd.DataFrame() for _ in range(3)), reason)
 
 
+@checked
 def measure(cfg: SvtConfig, model: Any = None) -> SvtResult:
     "Trace `cfg.task` on the model, then intervene on the heaviest edges, alone and in sets."
     model = load_model(cfg.model_name, cfg.revision or None, processing=cfg.processing) if model is None else model
@@ -138,6 +143,7 @@ def measure(cfg: SvtConfig, model: Any = None) -> SvtResult:
     return SvtResult(cfg, info, root_list, edges, firing, graph, table, effects, sets)
 
 
+@checked
 def run(cfg: SvtConfig, model: Any = None) -> pd.DataFrame:
     "The experiment as a long table: counts and weights of edges, effects of interventions, slices of firings."
     result = measure(cfg, model)

@@ -21,7 +21,7 @@ CHOICES = set(
     "processing kind rule mode metric task side alternative words dtype by within capability match score".split()
 )
 CHOICES |= set(
-    "query_role role q_role k_role content key unlabeled name_of_task feature signal pick architecture".split()
+    "device query_role role q_role k_role content key unlabeled name_of_task feature signal pick architecture".split()
 )
 WIDE = {"text", "title", "published", "label", "xlabel", "note", "unit", "claim"}  # any text is right
 
@@ -82,6 +82,7 @@ TRUTHS = {"'false'": "false", "2": 2, "a list": [], "nan": float("nan"), **ANYTH
 THINGS = {"text": "x", "a number": 3, "nan": float("nan"), "a list": [], "a dict": {}, **ANYTHING, **NOTHING}
 HEADS = {"a number": 3, "1.5": 1.5, "nan": float("nan"), "'nine'": "nine", "far layer": "L99H0", "far head": [(0, 99)]}
 HEADS |= {"negative": [(0, -1)], "twice": [(0, 0), (0, 0)], "halves": [(0.5, 0)], "[none]": [None], "a dict": {}}
+CONTAINERS = {"[none]": [None], "[an object]": [object()], "[1j]": [1j], "[[]]": [[]]}
 TABLES = {"empty": pd.DataFrame(), "other columns": pd.DataFrame({"zzz": [1.0]})}
 
 
@@ -105,10 +106,14 @@ def bad_values(name: str, kinds, default, example) -> Iterator[tuple[str, object
         found = ANYTHING | NOTHING | HEADS
     elif "DataFrame" in says:
         found = THINGS | TABLES
+    elif says & {"a list", "a sequence", "a tuple", "a collection", "a iterable", "an iterable"}:
+        found = THINGS | CONTAINERS
     else:
         found = dict(THINGS)
     for label, value in found.items():
         if value is None and (default is None or "None" in says or not kinds):
+            continue
+        if label == "a number" and says & {"a number", "a whole number"}:
             continue
         if any(k.fits(value) and k.then is None for k in kinds) and label not in (*TABLES, *HEADS, "no such"):
             continue  # it is of a kind that the signature allows
@@ -129,8 +134,16 @@ def time_limit(seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
+class Fresh:
+    "An argument that a call uses up: made anew for each."
+
+    def __init__(self, make):
+        self.make = make
+
+
 def call(function, arguments: dict, limit_s: float = 30.0):
     "The result; a context manager is entered and left, a generator read."
+    arguments = {k: v.make() if isinstance(v, Fresh) else v for k, v in arguments.items()}
     positional = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_ONLY]
     rest = {k: v for k, v in arguments.items() if k not in positional}
     quiet = warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO())
@@ -145,7 +158,7 @@ def call(function, arguments: dict, limit_s: float = 30.0):
 
 def words_for(name: str) -> str:
     "A message may name an argument by the singular, or by one side of `a_or_b`."
-    parts = [name, *name.split("_or_")]
+    parts = [name, *name.split("_or_"), *(["sweep"] if name in ("source", "spec") else [])]
     return "|".join(re.escape(w) for p in parts for w in {p, p.removesuffix("s"), p.replace("_", " ")})
 
 
@@ -194,6 +207,7 @@ def drive(title: str, function, arguments: dict, heavy: bool) -> Iterator[tuple[
         if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             continue
         example = arguments.get(name, p.default)
+        example = example.make() if isinstance(example, Fresh) else example
         for label, value in bad_values(name, kinds.get(name, []), p.default, example):
             yield name, label, outcome(function, arguments | {name: value}, name, 1.0 if heavy else 5.0)
         for label, value in () if heavy else same_by_other_means(example):

@@ -437,7 +437,6 @@ def test_own_prompts(gpt2):
     "change, message",
     [
         (dict(prompts=[]), "prompts: empty"),
-        (dict(answer=None), "answer: None"),
         (dict(answer=[" Mary", " Tom"]), "answer has 2 entries for 1 prompts"),
         (dict(answer="Mary"), "answer: row 0: 'Mary' would continue"),
         (dict(answer="  "), "answer: row 0 is empty"),
@@ -453,8 +452,10 @@ def test_own_prompts(gpt2):
 def test_own_prompts_refused(gpt2, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_prompts(**(dict(tokenizer_or_model=gpt2, prompts=PROMPT, answer=" Mary", wrong=" John") | change))
-    with pytest.raises(TypeError, match="answer: row 0: expected text, got 3"):
+    with pytest.raises(TypeError, match=r"answer\[0\] must be text, got 3"):
         from_prompts(gpt2, PROMPT, answer=[3])
+    with pytest.raises(TypeError, match="answer must be text or a sequence, got None"):
+        from_prompts(gpt2, PROMPT, answer=None)
 
 
 @needs_reference
@@ -566,13 +567,13 @@ def test_a_batch_made_by_hand_is_checked():
     )
     PromptBatch(**good)
     for change, message in [
-        ({"tokens": torch.zeros(0, 3), "attention_mask": torch.ones(0, 3)}, "empty"),
+        ({"tokens": torch.zeros(0, 3, dtype=torch.int64), "attention_mask": torch.ones(0, 3) > 0}, "empty"),
         ({"positions": {}}, "end"),
         ({"positions": {"end": torch.tensor([2, 3])}}, "row 1 is 3"),
         ({"positions": {"end": torch.tensor([2])}}, "1 entries"),
         ({"text": ["a"]}, "text has 1"),
         ({"answer": torch.tensor([1])}, "answer has 1"),
-        ({"attention_mask": torch.ones(2, 4)}, "attention_mask"),
+        ({"attention_mask": torch.ones(2, 4) > 0}, "attention_mask"),
     ]:
         with pytest.raises(ValueError, match=message):
             PromptBatch(**{**good, **change})

@@ -8,234 +8,19 @@ __all__ = []
 # %% ../../nbs/base/arguments.ipynb #args-002
 import functools
 import inspect
-import math
-import os
-import reprlib
-import sys
-import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
-
-from .checks import check_in
-
-# %% ../../nbs/base/arguments.ipynb #args-005
-class Kind(NamedTuple):
-    "What one alternative of an annotation takes."
-
-    says: str
-    fits: Callable[[Any], bool]
-    then: Callable[[str, Any], None] | None = None
-
-
-def shown(value: Any) -> str:
-    "A short repr with the type, for a message; arrays by their shape."
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"an array of shape {tuple(value.shape)}, {value.dtype}"
-    return f"{reprlib.repr(value)} ({type(value).__name__})"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _finite(name: str, value: Any) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-
-
-SIMPLE = {
-    type(None): Kind("None", lambda value: value is None),
-    bool: Kind("True or False", lambda value: isinstance(value, (bool, np.bool_))),
-    int: Kind("a whole number", _is_whole),
-    float: Kind("a number", _is_number, _finite),
-    str: Kind("text", lambda value: isinstance(value, str)),
-}
-
-# %% ../../nbs/base/arguments.ipynb #args-007
-def _has(*attributes: str) -> Callable[[Any], bool]:
-    return lambda value: not isinstance(value, type) and all(hasattr(value, a) for a in attributes)
-
-
-def _is_model(value: Any) -> bool:
-    return callable(value) and _has("parameters", "eval")(value)  # a module: loaded here or Hugging Face's own
-
-
-NAMED = {
-    "model": Kind("a loaded model (see models.load_model)", _is_model),
-    "batch": Kind("a PromptBatch (see prompts.make_batch)", _has("tokens", "attention_mask")),
-    "acts": Kind("Activations (see attention.capture)", _has("layers", "ln_scale", "pattern")),
-    "heads": Kind("heads such as 'L9H6' or pairs (layer, head)", lambda value: isinstance(value, Iterable)),
-    "metric": Kind("the name of a metric, or a function", lambda value: isinstance(value, str) or callable(value)),
-    "tokenizer": Kind("a tokenizer", _has("encode", "decode")),
-    "info": Kind("a ModelInfo (see models.model_info)", _has("name", "revision", "tokens", "processing")),
-}
-LEAST = {
-    "batch_size": 1,
-    "n_prompts": 1,
-    "n_resamples": 1,
-    "n_draws": 1,
-    "layer": 0,
-    "head": 0,
-    "seed": 0,
-    "min_count": 0,
-}
-SHARES = ("share", "fraction", "alpha")
-
-
-def _in_bounds(name: str, default: Any) -> Callable[[str, Any], None]:
-    "Check of a number's range by its name: counts are not negative, shares lie in 0 to 1; a default is always allowed."
-    low = LEAST.get(name, 0 if name.startswith("n_") else None)
-    low = 0 if name in SHARES else low
-    high = 1 if name in SHARES else 2**32 - 1 if name == "seed" else None
-    if _is_number(default) and low is not None:
-        low = min(low, default)
-
-    def check(argument: str, value: Any) -> None:
-        if (low is not None and value < low) or (high is not None and value > high):
-            allowed = f"at least {low}" if high is None else f"{low} to {high}"
-            raise ValueError(f"{argument}={value!r} is out of range: allowed is {allowed}")
-
-    return check
-
-# %% ../../nbs/base/arguments.ipynb #args-009
-def _is_array(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    if isinstance(value, (np.ndarray, *((torch.Tensor,) if torch else ()))):
-        return True
-    return isinstance(value, (list, tuple)) and np.asarray(value, dtype=object).size > 0
-
-
-def _array_of(name: str, value: Any) -> Any:
-    "The value as an array that has a shape and a dtype; ValueError for lists of unequal length or of no numbers."
-    if hasattr(value, "shape"):
-        return value
-    try:
-        return np.asarray(value, dtype=float)
-    except (TypeError, ValueError) as e:
-        raise TypeError(f"{name} must be an array of numbers, got {shown(value)}") from e
-
-
-def _letter(dtype: Any) -> str:
-    "b, i, f or c for truth values, whole, floating-point and complex numbers; O for anything else."
-    if isinstance(dtype, np.dtype):
-        return {"u": "i"}.get(dtype.kind, dtype.kind if dtype.kind in "bifc" else "O")
-    if dtype.is_complex or dtype.is_floating_point:
-        return "c" if dtype.is_complex else "f"
-    return "b" if str(dtype) == "torch.bool" else "i"
-
-
-def _check_array(annotation: Any) -> Callable[[str, Any], None]:
-    "Check of axes, type of number and finiteness that a jaxtyping annotation asks for."
-    dims, variadic = annotation.dims, annotation.index_variadic is not None
-    wanted = {d for d in ("bool", "int", "float") if any(d in str(x) for x in annotation.dtypes)}
-    letters = {"b": {"bool"}, "i": {"int", "float"}, "f": {"float"}, "c": set(), "O": set()}
-    words = f"[{annotation.dim_str}]"
-
-    def check(name: str, value: Any) -> None:
-        array = _array_of(name, value)
-        array = array.detach() if hasattr(array, "detach") else array
-        least = len(dims) - variadic
-        if len(array.shape) < least or (len(array.shape) > least and not variadic):
-            raise ValueError(f"{name} has shape {tuple(array.shape)}: needed is an array {words}")
-        listed = not hasattr(value, "shape")
-        if wanted and not listed and not letters[_letter(array.dtype)] & wanted:
-            raise TypeError(f"{name} must hold {' or '.join(sorted(wanted))} numbers, got {array.dtype}")
-        if not math.isfinite(array.sum()):  # one number first: of a large array no second one is made
-            finite = array.isfinite() if hasattr(array, "isfinite") else np.isfinite(array)
-            if not finite.all():
-                raise ValueError(f"{name} has values that are not finite ({int((~finite).sum())} of them)")
-
-    return check
-
-# %% ../../nbs/base/arguments.ipynb #args-011
-def _elements(says: str, inside: list[Kind]) -> Callable[[str, Any], None] | None:
-    "Check of the first thousand elements of a container that can be read twice."
-    if not inside:
-        return None
-
-    def check(name: str, values: Any) -> None:
-        if isinstance(values, Iterator):
-            return
-        for place, value in zip(range(1000), values):
-            hold(f"{name}[{place}]", value, inside)
-
-    return check
-
-
-def _container(annotation: Any, origin: type, arguments: tuple) -> Kind:
-    "list[int], tuple[str, ...], Iterable[str], dict: the container and, of one type of element, its elements."
-    words = getattr(origin, "__name__", str(origin)).lower()
-    if issubclass(origin, Mapping):
-        return Kind("a dict", lambda value: isinstance(value, Mapping))
-    one = [a for a in arguments if a is not Ellipsis]
-    inside = kinds_of(one[0]) if len(one) == 1 else []
-    loose = origin in (Iterable, Collection, Sequence, Set, list, tuple)  # a list where a tuple stands is no fault
-    plain = (list, tuple, set, frozenset, range, np.ndarray)
-
-    def fits(value: Any) -> bool:
-        if isinstance(value, (str, bytes)):
-            return False
-        return isinstance(value, origin) or (loose and isinstance(value, plain))
-
-    return Kind(f"a {words}", fits, _elements(words, inside))
-
-
-def kinds_of(annotation: Any) -> list[Kind]:
-    "The alternatives of an annotation; none for what takes anything."
-    if annotation is None or annotation in SIMPLE:
-        return [SIMPLE[type(None) if annotation is None else annotation]]
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        parts = [kinds_of(a) for a in arguments]
-        return [k for part in parts for k in part] if all(parts) else []
-    if origin is typing.Literal:
-        return [SIMPLE[str]._replace(then=lambda name, value: check_in(name, value, arguments))]
-    if hasattr(annotation, "dim_str"):
-        return [Kind(f"an array [{annotation.dim_str}]", _is_array, _check_array(annotation))]
-    if origin is Callable or annotation in (Callable, typing.Callable):
-        return [Kind("a function", callable)]
-    if isinstance(origin or annotation, type) and issubclass(origin or annotation, (Iterable, dict)):
-        known = origin or annotation
-        if origin or known in (list, tuple, dict, set) or known.__module__ == "collections.abc":
-            return [_container(annotation, known, arguments)]
-    if annotation is object or not isinstance(annotation, type):
-        return []
-    if issubclass(annotation, os.PathLike):
-        return [Kind("a path", lambda value: isinstance(value, os.PathLike))]
-    return [Kind(annotation.__name__, lambda value: isinstance(value, annotation))]
-
-
-def hold(name: str, value: Any, kinds: list[Kind]) -> None:
-    "Hold a value against the alternatives: TypeError if it is of no kind, the kind's own error if it is one and wrong."
-    problem = None
-    for kind in kinds:
-        if kind.fits(value):
-            if kind.then is None:
-                return
-            try:
-                kind.then(name, value)
-                return
-            except (TypeError, ValueError) as e:
-                problem = e
-    if problem:
-        raise problem
-    raise TypeError(f"{name} must be {' or '.join(dict.fromkeys(k.says for k in kinds))}, got {shown(value)}")
+from .kinds import NAMED, SIMPLE, Kind, hold, in_bounds, kinds_of
 
 # %% ../../nbs/base/arguments.ipynb #args-014
 def _parameter_kinds(name: str, annotation: Any, default: Any) -> list[Kind]:
     "What one parameter takes: by its annotation, or by its name where it has none; its default is always allowed."
-    if annotation in (inspect.Parameter.empty, Any):
-        kinds = [NAMED[name]] if name in NAMED else []
-    else:
-        kinds = kinds_of(annotation)
-    bounds = _in_bounds(name, default)
+    kinds = [] if annotation is inspect.Parameter.empty else kinds_of(annotation)
+    if not kinds and name in NAMED:
+        kinds = [NAMED[name]]
+    bounds = in_bounds(name, default)
 
     def bounded(kind: Kind) -> Kind:
         if kind.says not in ("a number", "a whole number"):
@@ -266,6 +51,14 @@ def parameter_kinds(function: Callable) -> dict[str, list[Kind]]:
     return {name: kinds for name, kinds in found.items() if kinds}
 
 # %% ../../nbs/base/arguments.ipynb #args-015
+def check_fit(given: dict[str, Any]) -> None:
+    "A batch beside a model is one that the model can read: ValueError for ids and lengths beyond it."
+    if hasattr(getattr(given.get("model"), "cfg", None), "d_vocab"):
+        for value in given.values():
+            if hasattr(value, "check_fits"):
+                value.check_fits(given["model"])
+
+
 def checked(target):
     "The function or class, its arguments held against its signature: TypeError and ValueError name argument and value."
     if isinstance(target, type):
@@ -279,13 +72,14 @@ def checked(target):
         if kinds is None:
             kinds = parameter_kinds(target)
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            given = signature.bind(*args, **kwargs)
         except TypeError as e:
             raise TypeError(f"{target.__qualname__}: {e}") from None
-        for name, value in given.items():
+        for name, value in given.arguments.items():
             if name in kinds:
-                hold(name, value, kinds[name])
-        return target(*args, **kwargs)
+                given.arguments[name] = hold(name, value, kinds[name])
+        check_fit(given.arguments)
+        return target(*given.args, **given.kwargs)
 
     return at_the_door
 
@@ -298,4 +92,5 @@ def check_fields(config: Any) -> None:
             raise TypeError(
                 f"{name} must be True or False, got the text {value!r}: with papermill, -p {name} {value.title()}"
             )
-        hold(name, value, kinds)
+        if (held := hold(name, value, kinds)) is not value:
+            object.__setattr__(config, name, held)  # a frozen config with a number of NumPy's

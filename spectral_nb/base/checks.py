@@ -52,6 +52,14 @@ def check_float(argument: str, value: Any, low: float | None = None, high: float
     return float(value)
 
 
+def check_table(argument: str, table: Any, *columns: str) -> None:
+    "ValueError for a table without rows, KeyError for one that lacks a column."
+    if missing := [c for c in columns if c not in table.columns]:
+        raise KeyError(f"{argument} has no column {' and '.join(missing)}; it has {list(map(str, table.columns))[:20]}")
+    if not len(table):
+        raise ValueError(f"{argument} has no rows")
+
+
 def check_finite(argument: str, values: Any, where: str = "") -> None:
     "ValueError if an array or tensor holds a NaN or an infinity; the message counts them."
     finite = values.isfinite() if hasattr(values, "isfinite") else np.isfinite(np.asarray(values))
@@ -105,13 +113,15 @@ def parse_heads(
         if size is not None:
             check_int(name, size, 1)
     items = heads.replace(",", " ").split() if isinstance(heads, str) else list(heads)
-    pairs = [parse_head(h) for h in items]
+    try:
+        pairs = [parse_head(h) for h in items]
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"{argument}: {e}") from None
     for layer, head in pairs:
         if (n_layers is not None and layer >= n_layers) or (n_heads is not None and head >= n_heads):
-            raise ValueError(
-                f"head {head_name(layer, head)} does not exist: the model has {n_layers} layers of {n_heads} heads"
-            )
+            sizes = f"the model has {n_layers} layers of {n_heads} heads"
+            raise ValueError(f"{argument}: head {head_name(layer, head)} does not exist: {sizes}")
     if len(set(pairs)) < len(pairs):
         twice = sorted({head_name(*p) for p in pairs if pairs.count(p) > 1})
-        raise ValueError(f"heads holds {', '.join(twice)} more than once")
+        raise ValueError(f"{argument} holds {', '.join(twice)} more than once")
     return pairs

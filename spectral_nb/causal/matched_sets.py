@@ -76,7 +76,7 @@ def matched_random(
     pairs = parse_heads(heads, n_layers=n_layers, n_heads=n_heads)
     if not pairs:
         raise ValueError("heads: needs at least one head, got none")
-    pools = _pools(pairs, parse_heads(exclude), n_heads, match, n_layers)
+    pools = _pools(pairs, parse_heads(exclude, "exclude", n_layers=n_layers, n_heads=n_heads), n_heads, match, n_layers)
     counts = [math.comb(len(pool), k) for pool, k in pools]
     total = math.prod(counts)
     if total < n_draws:

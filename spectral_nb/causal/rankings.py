@@ -39,7 +39,7 @@ def ranked_heads(ranking: Any, n_layers: int, n_heads: int) -> list[tuple[int, i
             raise ValueError(f"ranking: column {', '.join(sorted(missing))} is missing; layer, head, effect are needed")
         ordered = ranking.sort_values("effect", ascending=False, kind="stable")
         ranking = list(zip(ordered["layer"].astype(int), ordered["head"].astype(int)))
-    pairs = parse_heads(ranking, n_layers=n_layers, n_heads=n_heads)
+    pairs = parse_heads(ranking, "ranking", n_layers=n_layers, n_heads=n_heads)
     if len(pairs) < n_layers * n_heads:
         lacking = [h for h in np.ndindex(n_layers, n_heads) if h not in set(pairs)]
         raise ValueError(

@@ -7,6 +7,7 @@ __all__ = ['head_ratios', 'ratio_trajectory']
 
 # %% ../../nbs/fingerprint/ratios.ipynb #ratios-003
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,8 @@ def head_ratios(
     "Participation ratios `pr`, and of the nulls asked for `pr_shuffled`, `pr_fixed` (with `content` held fixed)."
     for null in nulls:
         check_in("nulls", null, _NULLS)
+    if "fixed" in nulls:
+        check_in("content", content, batch.positions)
     out = {"pr": head_participation(model, batch, role)}
     if "shuffled" in nulls:
         out["pr_shuffled"] = head_participation(model, batch, positions=shuffled_positions(batch, seed))
@@ -104,7 +107,7 @@ _COLUMNS = ["model", "revision", "step", "tokens", "processing", "layer", "head"
 
 @checked
 def ratio_trajectory(
-    name,
+    name: str | Path,
     revisions: Sequence[str],
     batch,
     role: str = "end",
@@ -118,6 +121,8 @@ def ratio_trajectory(
     The default is raw weights, which is what a monitor sees during training."""
     if not len(revisions):
         raise ValueError("revisions: needs at least one, got none")
+    if "fixed" in nulls:
+        check_in("content", content, batch.positions)
     rows = []
     for revision in progress(revisions, desc="checkpoints"):
         model = load_model(name, revision, processing=processing)

@@ -185,8 +185,10 @@ def ablation_rows(
 @checked
 def measure_seeds(folders: Iterable[str | Path], **options) -> None:
     "Write `trajectory.parquet` and `heads.parquet` into each run's folder, unless they are there."
+    if not (folders := [Path(folder) for folder in folders]):
+        raise ValueError("folders is empty: at least one folder of a training run is needed")
     batches = seed_batches()
-    for folder in map(Path, folders):
+    for folder in folders:
         if not (folder / "trajectory.parquet").is_file():
             write_table(measure_run(folder, batches=batches, **options), folder / "trajectory.parquet")
         if not (folder / "heads.parquet").is_file():

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..base.checks import unknown_name_error
+from ..base.arguments import checked
+from ..base.checks import check_table, unknown_name_error
 from .checkpoints import checkpoint_folder, resolve
 from .revisions import revision_steps, revision_tokens
 from .weight_storage import BUFFERS, weight_files
@@ -147,6 +148,7 @@ def _said(f) -> str:
     )
 
 
+@checked
 def check_revisions(
     name: str | Path,
     revisions: Sequence[str] | None = None,  # None: all that carry a training step
@@ -158,6 +160,10 @@ def check_revisions(
     """Revisions in the order of training, with the fault of each (empty if none) and whether it is used.
 
     ValueError for an unknown revision, one out of order, or one without a token count."""
+    if revisions is not None and not len(revisions):
+        raise ValueError("revisions is empty; name at least one or leave it out for all")
+    if hashes is not None:
+        check_table("hashes", hashes, "revision", "tensor", "n_values", "hash")
     picked = _pick_revisions(str(name), revisions)
     if revisions is not None and list(revisions) != picked:
         raise ValueError(

@@ -10,6 +10,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..base.arguments import checked
 from ..base.checks import check_in, unknown_name_error
 from ..base.files import read_json
 from ..base.paths import zoo_dir
@@ -37,6 +38,7 @@ def zoo_manifest() -> dict:
     return read_json(path)["models"] if path.is_file() else {}
 
 # %% ../../nbs/models/revisions.ipynb #revisions-007
+@checked
 def list_models(
     kind: str = "all",  # zoo (trained by this project), real (installed from a package) or all
 ) -> list[str]:
@@ -134,6 +136,7 @@ def revision_table(name_or_path: str | Path) -> dict[str, dict]:
     return dict(sorted(rows.items(), key=lambda kv: (kv[1]["step"] is None, kv[1]["step"] or 0, kv[0])))
 
 # %% ../../nbs/models/revisions.ipynb #revisions-016
+@checked
 def list_revisions(name: str | Path) -> list[str]:
     "Revisions of a model in the order of training; ValueError where their names do not say it."
     return list(revision_table(name))
@@ -144,6 +147,7 @@ def revision_steps(name: str | Path) -> dict[str, int | None]:
     return {r: v["step"] for r, v in revision_table(name).items()}
 
 # %% ../../nbs/models/revisions.ipynb #revisions-016-2
+@checked
 def revision_tokens(name: str | Path) -> dict[str, int | None]:
     "Tokens seen at each revision (None where unknown)."
     return {r: v["tokens"] for r, v in revision_table(name).items()}

@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
+from ..base.arguments import checked
 from ..base.checks import check_finite, check_int, parse_heads
 from ..base.intervals import Interval, exact_p
 
@@ -37,6 +38,7 @@ def _circuit_mask(norms, heads) -> tuple[Float[np.ndarray, "layer head"], np.nda
     return norms, mask
 
 # %% ../../nbs/norms/circuit_norms.ipynb #circuit-norms-002
+@checked
 def r_norm(norms: Float[np.ndarray, "n_layers n_heads"], heads: Sequence[tuple[int, int]]) -> float:
     """Mean norm of the circuit's heads over the mean of all others (B05), without unit.
 
@@ -67,6 +69,7 @@ def _random_masks(mask: np.ndarray, n_draws: int, rng: np.random.Generator, by_l
     return flat.reshape(n_draws, *mask.shape)
 
 # %% ../../nbs/norms/circuit_norms.ipynb #09-006
+@checked
 def r_norm_test(norms, heads, n_draws: int = 2000, seed: int = 0) -> NormRatio:
     "R_norm with permutation p-values (greater): heads relabelled over the whole model, and within layers."
     check_int("n_draws", n_draws, 1)

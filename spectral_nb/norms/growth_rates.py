@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from ..base.intervals import Interval, bootstrap_ci
 from .stream import POSITION_CLASSES, StreamNorms
@@ -58,6 +59,7 @@ class Growth:
     shape: str  # exponential, faster, slower: whether the curvature's interval excludes 0; undetermined for two points
 
 # %% ../../nbs/norms/growth_rates.ipynb #09-017
+@checked
 def growth(logs: Float[np.ndarray, "layer prompt"], layers="all", *, level: float = 0.95, seed: int = 0) -> Growth:
     """Growth of log norms over `layers` ('all', '5:41' or a pair), with bootstrap intervals over prompts.
 

@@ -9,6 +9,7 @@ __all__ = ['heads_experiment']
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
+from ..base.arguments import checked
 from ..base.checks import check_int
 from ..base.files import read_table, write_table
 from ..base.paths import data_dir
@@ -76,13 +78,22 @@ def measure_split(n_heads: int, seed: int, steps: int, *, n_prompts: int = 128, 
     )
 
 # %% ../../nbs/norms/split_heads.ipynb #split-heads-001
+@checked
 def heads_experiment(
-    steps: int = 400, seeds=SEEDS, head_counts=HEAD_COUNTS, *, out: str | Path | None = None, **changes
+    steps: int = 400,
+    seeds: Sequence[int] = SEEDS,
+    head_counts: Sequence[int] = HEAD_COUNTS,
+    *,
+    out: str | Path | None = None,
+    **changes,
 ) -> pd.DataFrame:
     """Train and measure every combination that the table at `out` lacks; returns the table, written after each model.
 
     ValueError if the table holds models of another number of steps."""
     check_int("steps", steps, 1)
+    for name, values in (("seeds", seeds), ("head_counts", head_counts)):
+        if not len(values):
+            raise ValueError(f"{name} is empty: at least one is needed")
     path = Path(out) if out else heads_table_path()
     rows = read_table(path).to_dict("records") if path.is_file() else []
     if rows and {r["steps"] for r in rows} != {steps}:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..attention.activations import run_to
 from ..base.checks import check_finite, check_in, check_int
 from ..base.progress import progress
@@ -108,6 +109,7 @@ def _measure_chunk(
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 # %% ../../nbs/norms/stream.ipynb #09-010
+@checked
 @torch.no_grad()
 def measure_stream(model, batch, *, batch_size: int = 64) -> StreamNorms:
     """Norms, spreads and geometry of every block's input and outputs over the prompts of a `PromptBatch`.

@@ -9,6 +9,7 @@ __all__ = ['norm_table']
 import numpy as np
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_int
 from .growth_rates import log_norms
 from .stream import POSITION_CLASSES, StreamNorms
@@ -17,6 +18,7 @@ from .stream import POSITION_CLASSES, StreamNorms
 _QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
 
 
+@checked
 def norm_table(stream: StreamNorms) -> pd.DataFrame:
     "Mean and quantiles of norm and standard deviation: columns layer point position_class quantity metric value n."
     rows = []

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in, check_int
 
 # %% ../../nbs/prompts/batches.ipynb #04-005
@@ -47,6 +48,7 @@ def _check_answers(answer: Tensor | None, wrong: Tensor | None) -> None:
         _refuse_rows(answer == wrong, "wrong: the rival equals the answer", "another token than the answer", wrong)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
     """Prompts of one task, right-padded, with a position for every role.
@@ -118,6 +120,8 @@ class PromptBatch:
         longest = int(self.lengths.max())
         if longest > n_ctx:
             raise ValueError(f"batch: row {int(self.lengths.argmax())} has {longest} tokens, the model reads {n_ctx}")
+        if self.tokens.shape[1] > n_ctx:
+            raise ValueError(f"batch is padded to {self.tokens.shape[1]} tokens, the model reads {n_ctx}")
         for name, ids in (("tokens", self.tokens), ("answer", self.answer), ("wrong", self.wrong)):
             if ids is not None:
                 bad = (ids >= d_vocab).reshape(len(self), -1).any(1)

@@ -6,7 +6,7 @@
 __all__ = ['retrieval', 'induction']
 
 # %% ../../nbs/prompts/lookup_tasks.ipynb #lookup-002
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -106,7 +106,7 @@ def induction(
     seed: int = 0,
     words: str = "known",
     length: int = 32,
-    vocabulary=None,
+    vocabulary: str | Iterable[int] | None = None,
     prepend_bos: bool | None = None,
     n_ctx: int | None = None,
 ) -> PromptBatch:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.prompts.sources import batch_of_texts, prompt_source
@@ -92,6 +93,7 @@ def _own_batch(given, rows: list[_Row], task: str, prepend_bos: bool | None) -> 
     return batch_of_texts(src, task, list(texts), list(spans), answer, wrong, labels)
 
 # %% ../../nbs/prompts/own_prompts.ipynb #own-009
+@checked
 def from_prompts(
     tokenizer_or_model,
     prompts: str | Sequence[str],  # roles marked as `{IO:Mary}`, literal braces doubled
@@ -173,6 +175,7 @@ def _file_rows(path: Path) -> list[_Row]:
     return rows
 
 # %% ../../nbs/prompts/own_prompts.ipynb #own-013
+@checked
 def from_file(tokenizer_or_model, path: str | Path, *, prepend_bos: bool | None = None) -> PromptBatch:
     """Batch of the prompts in a `.jsonl` or `.csv` file with columns `prompt`, `answer` and perhaps `wrong`.
 

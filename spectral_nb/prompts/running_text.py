@@ -57,6 +57,7 @@ def _is_prose(paragraph: str) -> bool:
     return words >= 12 and paragraph.rstrip()[-1:] in ".:" and odd <= 0.06 * len(paragraph) and "::=" not in paragraph
 
 
+@checked
 def natural_text(source: str | Path | Sequence[str] | None = None) -> list[str]:
     """English prose as a list of strings: Python's own documentation, or what a file or a list holds.
 
@@ -71,6 +72,8 @@ def natural_text(source: str | Path | Sequence[str] | None = None) -> list[str]:
             raise FileNotFoundError(f"texts={str(source)[:80]!r}: no such file; give text itself as a list of strings")
         return [path.read_text(encoding="utf-8")]
     texts = list(source)
+    if not texts:
+        raise ValueError("source is empty: at least one text is needed")
     wrong = next((t for t in texts if not isinstance(t, str)), None)
     if wrong is not None:
         raise TypeError(f"texts: expected a path or a list of strings, found {type(wrong).__name__} in the list")

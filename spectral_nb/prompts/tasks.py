@@ -14,6 +14,13 @@ from spectral_nb.prompts.running_text import text
 from spectral_nb.prompts.sentence_tasks import ioi, sva
 
 # %% ../../nbs/prompts/tasks.ipynb #04-023
+ROLES = {  # positions that the prompts of a task have
+    "ioi": ("IO", "S1", "S1+1", "S2", "end"),
+    "sva": ("subject", "distractor", "end"),
+    "retrieval": ("key", "query", "end"),
+    "induction": ("A1", "B1", "A2", "end"),
+    "text": ("end",),
+}
 TASKS = {"ioi": ioi, "sva": sva, "retrieval": retrieval, "induction": induction, "text": text}
 
 # %% ../../nbs/prompts/tasks.ipynb #04-023-1

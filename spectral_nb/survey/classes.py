@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..base.arguments import checked
-from ..base.checks import check_float, check_in, check_int
+from ..base.checks import check_float, check_in, check_int, check_table
 from .streaming import Draws, selectivity, survey_sums
 from .targets import CLASSES, LOCAL_BACK, earlier_occurrence
 
@@ -150,6 +150,7 @@ def class_stability(
 @checked
 def by_kv_group(survey: pd.DataFrame, threshold: float = 30.0) -> pd.DataFrame:
     "One row per key-value head: best scores of its query heads, class by the same rule, `agree`: all of one class."
+    check_table("survey", survey, "layer", "head", "kv_head", "class", *CLASSES)
     groups = survey.groupby(["layer", "kv_head"], sort=True)
     table = groups[list(CLASSES)].max().reset_index()
     table["class"], table["selectivity"], _ = classify(table[list(CLASSES)].to_numpy(), threshold)

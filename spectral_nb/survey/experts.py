@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..attention.activations import refuse_non_finite
 from ..base.arguments import checked
 from ..attention.spectra import participation_ratio
 from .classes import query_and_targets
@@ -36,7 +37,11 @@ def _expert_inputs(model, tokens: Tensor, query: Tensor, batch_size: int) -> lis
     inputs = [[] for _ in range(model.cfg.n_layers)]
 
     def keep(layer, at):
-        return lambda tensor, hook: inputs[layer].append(tensor[torch.arange(len(at)), at].clone())
+        def hook_fn(tensor, hook):
+            refuse_non_finite(f"blocks.{layer}.mlp.hook_in", tensor)
+            inputs[layer].append(tensor[torch.arange(len(at)), at].clone())
+
+        return hook_fn
 
     device = next(model.parameters()).device
     for s in range(0, len(tokens), batch_size):

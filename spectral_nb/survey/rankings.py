@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from ..base.arguments import checked
 from ..attention.participation import pr_integral, pr_spread
-from ..base.checks import check_finite, check_float, check_in, check_int, head_name
+from ..base.checks import check_finite, check_float, check_in, check_int, check_table, head_name
 from ..base.intervals import wilson
 from .targets import CLASSES
 
@@ -63,6 +63,9 @@ def matched_k(n_heads: int, share: float = 0.18) -> int:
 @checked
 def precision_at_k(classed: pd.DataFrame, ks: Sequence[int], *, without_bos: bool = False) -> pd.DataFrame:
     "Share of the first k heads that have a class, with a Wilson interval: `k precision ci_low ci_high classified`."
+    check_table("classed", classed, "rank", "class")
+    if not len(ks):
+        raise ValueError("ks is empty: at least one number of heads is needed")
     ranked = classed.sort_values("rank")
     if without_bos:
         ranked = ranked[ranked["class"] != "first_token"]
@@ -79,7 +82,8 @@ def precision_at_k(classed: pd.DataFrame, ks: Sequence[int], *, without_bos: boo
 @checked
 def conserved_fraction(classed: pd.DataFrame, k: int | None = None, *, without_bos: bool = False) -> dict:
     "Classified heads among the first `k` (default: matched), over all heads: `k classified fraction ci_low ci_high`."
-    k = k or matched_k(len(classed))
+    check_table("classed", classed, "rank", "class")
+    k = matched_k(len(classed)) if k is None else check_int("k", k, 1)
     first = classed.sort_values("rank").head(k)["class"]
     n = int((first != "unclassified").sum() - (first == "first_token").sum() * without_bos)
     share = wilson(n, len(classed))

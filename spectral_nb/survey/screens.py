@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.arguments import checked
-from ..base.checks import check_float, check_in, check_int, parse_heads
+from ..base.checks import check_float, check_in, check_int, check_table, parse_heads
 from ..base.intervals import wilson
 from ..causal.matched_sets import head_list
 from ..fingerprint.removals import TARGET_METRICS, control_sets, removal_table, removal_values
@@ -26,7 +26,7 @@ def screen_heads(
     threshold: float | str = 50.0,  # selectivity; "null" takes the 99th percentile of the survey's own null
 ) -> list[tuple[int, int]]:
     "Heads whose score in a class is at least `threshold`, the strongest first."
-    check_in("capability", capability, CLASSES)
+    check_table("survey", survey, "layer", "head", check_in("capability", capability, CLASSES))
     if threshold == "null":
         threshold = survey.attrs["null_p99"]
     hits = survey[survey[capability] >= check_float("threshold", threshold, 0)].sort_values(capability, ascending=False)
@@ -65,7 +65,12 @@ def removal_curve(
 ) -> pd.DataFrame:
     "Metrics after removing the 0, 1, 2, ... best heads, and each alone: `m head selectivity <metric> alone_<metric>`."
     check_int("max_heads", max_heads, 1)
-    ranked = survey.sort_values(check_in("capability", capability, CLASSES), ascending=False)
+    check_table("survey", survey, "layer", "head", check_in("capability", capability, CLASSES))
+    if order is not None:
+        order = parse_heads(order, "order", n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
+        if not order:
+            raise ValueError("order is empty: at least one head is needed, or None for the order of the scores")
+    ranked = survey.sort_values(capability, ascending=False)
     heads = list(order or zip(ranked["layer"].astype(int), ranked["head"].astype(int)))[:max_heads]
     score = survey.set_index(["layer", "head"])[capability]
 

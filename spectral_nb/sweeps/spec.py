@@ -6,15 +6,17 @@
 __all__ = ['SweepSpec', 'load_spec']
 
 # %% ../../nbs/sweeps/spec.ipynb #spec-002
+import importlib
 import itertools
 import re
 import uuid
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..base.arguments import checked
 from ..base.checks import unknown_name_error
 from ..base.paths import repo_root, runs_dir
 from spectral_nb.sweeps.notebook import (
@@ -166,6 +168,7 @@ def _section_of(notebook: Path) -> str:
     return exports[0].rpartition(".")[2] if exports else notebook.stem
 
 # %% ../../nbs/sweeps/spec.ipynb #spec-010
+@checked
 def load_spec(source: str | Path | dict | SweepSpec, out: str | Path | None = None) -> SweepSpec:
     """The checked specification of a sweep, from a YAML file or a mapping.
 
@@ -214,6 +217,32 @@ def expand(spec: SweepSpec) -> list[dict]:
     return [{**run, "seed": seed} for run in runs for seed in spec.seeds] if spec.seeds else runs
 
 
+def section_config(notebook: Path) -> type | None:
+    "The frozen config that a notebook of this repository exports, which knows the values that are allowed."
+    if not notebook.is_relative_to(repo_root() / "nbs"):
+        return None
+    try:
+        module = importlib.import_module(f"spectral_nb.{_section_of(notebook)}")
+    except ModuleNotFoundError:
+        return None
+    named = [vars(module)[name] for name in getattr(module, "__all__", ()) if name.endswith("Config")]
+    return next((c for c in named if is_dataclass(c) and c.__module__ == module.__name__), None)
+
+
+def config_problems(spec: SweepSpec) -> list[str]:
+    "What the section's own config refuses: a misspelt task, role, score or rule, before anything runs."
+    if (config := section_config(spec.notebook)) is None:
+        return []
+    names, problems = {f.name for f in fields(config)}, []
+    defaults = {name: p.default for name, p in notebook_parameters(spec.notebook).items()}
+    for run in expand(spec):
+        try:
+            config(**{k: v for k, v in (defaults | run).items() if k in names})
+        except (TypeError, ValueError, KeyError) as e:
+            problems.append(str(e.args[0] if e.args else e))
+    return problems
+
+
 def spec_problems(spec: SweepSpec) -> list[str]:
     "What does not fit the notebook's parameters cell."
     known, problems = notebook_parameters(spec.notebook), []
@@ -223,4 +252,4 @@ def spec_problems(spec: SweepSpec) -> list[str]:
         if run.pop("out_dir", None) is not None:
             problems.append("parameter out_dir is set by the sweep: use the key out")
         problems += parameter_problems(run, known)
-    return problems
+    return problems or config_problems(spec)

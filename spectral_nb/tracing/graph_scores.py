@@ -36,7 +36,7 @@ def skeleton(graph: nx.DiGraph, min_count: int = 1) -> nx.DiGraph:
 
 # %% ../../nbs/tracing/graph_scores.ipynb #graph-scores-005
 @checked
-def known_heads(known: Any, roles: list[str] | None = None) -> dict[tuple[int, int], str]:
+def known_heads(known: Any, roles: list[str] | None = None, *, argument: str = "known") -> dict[tuple[int, int], str]:
     """(layer, head) -> role, from a list of heads, a mapping role -> heads, or the JSON file of a published circuit.
 
     `roles` selects some; ValueError for an unknown one."""
@@ -49,7 +49,10 @@ def known_heads(known: Any, roles: list[str] | None = None) -> dict[tuple[int, i
     for role in roles or ():
         check_in("roles", role, known)
     return {
-        pair: role for role, heads in known.items() if roles is None or role in roles for pair in parse_heads(heads)
+        pair: role
+        for role, heads in known.items()
+        if roles is None or role in roles
+        for pair in parse_heads(heads, argument)
     }
 
 # %% ../../nbs/tracing/graph_scores.ipynb #graph-scores-006
@@ -64,7 +67,7 @@ def precision_recall(graph: nx.DiGraph, heads: Any) -> dict[str, float]:
     """How the graph's heads compare with `heads` (see `known_heads`): counts, precision and recall.
 
     Precision is NaN for an empty graph; ValueError where no head is known."""
-    found, known = graph_heads(graph), set(known_heads(heads))
+    found, known = graph_heads(graph), set(known_heads(heads, argument="heads"))
     if not known:
         raise ValueError("heads: needs at least one known head, got none")
     both = len(found & known)

@@ -97,10 +97,10 @@ def touched(part: Part, rows: pd.DataFrame, scope: str) -> Tensor:
 
 def checked_kinds(kinds) -> list[tuple[str, str, str]]:
     "All kinds for None; ValueError for one that is none of `INTERVENTIONS`."
-    kinds = [tuple(k) for k in (INTERVENTIONS if kinds is None else kinds)]
-    for kind in kinds:
-        check_in("kinds", kind, INTERVENTIONS)
-    return kinds
+    given = list(INTERVENTIONS if kinds is None else kinds)
+    if not given:
+        raise ValueError("kinds is empty; name at least one or leave it out for all")
+    return [check_in("kinds", tuple(k) if isinstance(k, (list, tuple)) else k, INTERVENTIONS) for k in given]
 
 # %% ../../nbs/tracing/interventions.ipynb #interventions-007
 def _kind_changes(model, part: Part, kind: tuple[str, str, str], vectors: dict) -> tuple[tuple, pd.DataFrame]:
@@ -150,7 +150,7 @@ def edge_interventions(
     batch: Any,
     edges: pd.DataFrame,
     *,
-    kinds: Any = None,
+    kinds: Iterable | None = None,
     metric: Any = "logit_diff",
     batch_size: int = 256,
     seed: int = 0,

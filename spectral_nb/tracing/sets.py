@@ -6,7 +6,7 @@
 __all__ = ['edge_sets', 'set_interventions', 'additivity']
 
 # %% ../../nbs/tracing/sets.ipynb #sets-002
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..base.arguments import checked
+from ..base.checks import check_int, check_table
 from ..base.intervals import bootstrap_ci
 from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
-from .edge_tables import downstream_names
+from .edge_tables import check_edges, downstream_names
 from .interventions import Part, change_of, checked_kinds, intervened_parts
 from .projections import INTERVENTIONS, checked_edges, edge_vectors, index_tensors
 
@@ -30,6 +31,8 @@ def edge_sets(
     """The heaviest parallel and serial sets of a trace: name -> graph edges (upstream, downstream, role).
 
     `n_sets` of each form at most; `size` bounds the parallel ones; `min_count`: prompts of an edge."""
+    check_int("size", size, 1)
+    check_edges(edges)
     named = edges.assign(downstream=downstream_names(edges), **{c: edges[c].astype(str) for c in ("upstream", "role")})
     grouped = named[named["role"] != ""].groupby(["upstream", "downstream", "role"])
     table = grouped.agg(count=("prompt", "nunique"), total=("contribution", "sum")).reset_index()
@@ -95,7 +98,7 @@ def set_interventions(
     edges: pd.DataFrame,
     sets: Mapping[str, list],
     *,
-    kinds: Any = None,
+    kinds: Iterable | None = None,
     metric: Any = "logit_diff",
     batch_size: int = 256,
     rule: str = "paper",
@@ -104,7 +107,7 @@ def set_interventions(
 
     Columns set, member ('' is all together), prompt, action, scope, slices, effect (change of the metric)."""
     edges, tables = checked_edges(model, batch, edges), []
-    kinds = checked_kinds(kinds or [k for k in INTERVENTIONS if k[2] == "traced"])
+    kinds = checked_kinds([k for k in INTERVENTIONS if k[2] == "traced"] if kinds is None else kinds)
     how = dict(metric=metric, batch_size=batch_size)
     for part in intervened_parts(model, batch, edges, metric, batch_size):
         vectors = edge_vectors(model, part.acts, part.edges, rule=rule)
@@ -124,6 +127,7 @@ def additivity(table: pd.DataFrame) -> pd.DataFrame:
 
     Means, their ratio with interval over prompts, the correlation over prompts. The ratio is NaN where the summed
     effect is not told from zero."""
+    check_table("table", table, "set", "member", "prompt", "action", "scope", "effect")
     rows = []
     for (name, action, scope), g in table.groupby(["set", "action", "scope"], sort=False):
         wide = g.pivot_table(index="prompt", columns="member", values="effect")

@@ -6,6 +6,8 @@
 __all__ = ['evaluate_tasks']
 
 # %% ../../nbs/training/accuracy.ipynb #accuracy-002
+from collections.abc import Iterable
+
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..base.arguments import checked
 from ..base.checks import check_in, check_int
+from ..causal.metrics import refuse_layers
 from ..prompts.tasks import make_batch
 
 # %% ../../nbs/training/accuracy.ipynb #accuracy-003
@@ -26,23 +29,29 @@ def batch_logits(model, batch, size: int = 256) -> Float[Tensor, "batch d_vocab"
     for part in batch.batches(size):
         out = model(part.tokens.to(device))
         logits = out if isinstance(out, Tensor) else out.logits
+        if not logits.sum().isfinite():
+            if isinstance(out, Tensor):
+                refuse_layers(model, part.tokens.to(device))
+            raise ValueError(f"model: the logits of {type(model).__name__} are not finite")
         parts.append(logits[torch.arange(len(part)), part.positions["end"]].float().cpu())
     return torch.cat(parts)
 
 # %% ../../nbs/training/accuracy.ipynb #06-020
 @checked
 def evaluate_tasks(
-    model, tokenizer, n_prompts: int = 300, words: str = "known", tasks=EVALUATED, seed: int = 10_007
+    model, tokenizer, n_prompts: int = 300, words: str = "known", tasks: Iterable[str] = EVALUATED, seed: int = 10_007
 ) -> pd.DataFrame:
     """Accuracies (0 to 1) by task on new prompts: columns task words metric value n; ValueError for an unknown task.
 
     `words`: those of training in that role (`known`) or never used in it (`heldout`)."""
     check_int("n_prompts", n_prompts, 1)
+    if not (tasks := list(tasks)):
+        raise ValueError(f"tasks is empty; allowed are {', '.join(EVALUATED)}")
     was_training, rows = model.training, []
     model.eval()
     for task in tasks:
         extra = dict(length=16) if task == "induction" and words == "heldout" else {}  # only 20 codewords are held out
-        batch = make_batch(check_in("task", task, EVALUATED), tokenizer, n_prompts, seed=seed, words=words, **extra)
+        batch = make_batch(check_in("tasks", task, EVALUATED), tokenizer, n_prompts, seed=seed, words=words, **extra)
         logits, each = batch_logits(model, batch), torch.arange(n_prompts)
         values = dict(accuracy=logits.argmax(-1) == batch.answer)
         if batch.wrong is not None:

@@ -36,6 +36,7 @@ _LEAST = dict(
 )
 
 # %% ../../nbs/training/config.ipynb #06-005
+@checked
 @dataclass(frozen=True)
 class TrainConfig:
     """All that decides the weights of a trained model.
@@ -76,6 +77,7 @@ class TrainConfig:
     def __post_init__(self):
         check_in("architecture", self.architecture, ARCHITECTURES)
         check_in("repeat_order", self.repeat_order, ("fixed", "shuffled"))
+        check_in("device", self.device.split(":")[0], ("auto", "cpu", "cuda", "mps"))
         check_in("precision", self.precision, ("float32", "bfloat16"))
         for field, low in _LEAST.items():
             check_int(field, getattr(self, field), low)

@@ -8,7 +8,7 @@ __all__ = ['train']
 # %% ../../nbs/training/loop.ipynb #06-002
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,9 @@ class _Run:
 
 # %% ../../nbs/training/loop.ipynb #06-026
 @checked
-def train(config: TrainConfig, out_dir: str | Path, callbacks=(), stop_after: int | None = None) -> pd.DataFrame:
+def train(
+    config: TrainConfig, out_dir: str | Path, callbacks: Iterable[Callable] = (), stop_after: int | None = None
+) -> pd.DataFrame:
     """Train, or go on training, in `out_dir`; returns the log: `LOG_COLUMNS`, losses in nats, accuracies 0 to 1.
 
     `stop_after` ends a call early (as an interruption would). ValueError for a folder of another config and for a loss

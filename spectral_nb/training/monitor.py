@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from ..base.arguments import checked
 from ..base.checks import check_float, check_int, head_name
@@ -31,6 +32,7 @@ class TransitionEvent:
         return f"step {self.step}: {head_name(self.layer, self.head)} rises, PR {self.pr:.2f} from {self.lowest:.2f}"
 
 # %% ../../nbs/training/monitor.ipynb #06-006
+@checked
 class TransitionRule:
     "Fires once per head, when PR has been clear of its running minimum for `patience` measurements."
 
@@ -52,7 +54,7 @@ class TransitionRule:
 
 # %% ../../nbs/training/monitor.ipynb #monitor-002
 @checked
-def rising(pr, **rule) -> np.ndarray:
+def rising(pr: Float[np.ndarray, "*head checkpoint"], **rule) -> np.ndarray:
     "Where `TransitionRule(**rule)` fires on `pr [..., checkpoint]`: boolean of the same shape."
     pr, state = np.asarray(pr, dtype=float), TransitionRule(**rule)
     return np.stack([state.update(pr[..., i]) for i in range(pr.shape[-1])], axis=-1)
@@ -76,6 +78,7 @@ def _trainer_callback(monitor: "SpectralMonitor"):
     return Callback()
 
 # %% ../../nbs/training/monitor.ipynb #monitor-001
+@checked
 class SpectralMonitor:
     """Participation ratio of every head on a fixed batch every `every` steps; events where a transition starts.
 

@@ -132,6 +132,8 @@ def accuracy_table(names: list[str] | None = None, n_prompts: int = 300) -> pd.D
     from transformers import AutoTokenizer
 
     rows = []
+    if names is not None and not names:
+        raise ValueError("names is empty; name at least one model or leave it out for all")
     pairs = [(n, r) for n in names or list_models("zoo") for r in list_revisions(n)]
     for name, revision in progress(pairs, desc="accuracy"):
         source = resolve(name, revision)
