@@ -275,8 +275,10 @@ class Examples:
         norms = self.array(3, 4, torch_=False) ** 2 + 0.1
         return dict(
             r_norm_test=dict(norms=norms, heads=[(0, 1)], n_draws=20), find_circuit=dict(task="retrieval", n_prompts=8),
-            growth=dict(logs=self.array(4, 6, torch_=False)), heads_experiment=dict(out=f"{self.folder}/heads.parquet", heavy=True),
-            store_circuits=dict(model="story-gpt2-s42", folder=Path(self.folder), heavy=True), stored_circuits=dict(model="story-gpt2-s42"),
+            growth=dict(logs=self.array(4, 6, torch_=False)),
+            heads_experiment=dict(out=f"{self.folder}/heads.parquet", heavy=True),
+            store_circuits=dict(model="story-gpt2-s42", folder=Path(self.folder), heavy=True),
+            stored_circuits=dict(model="story-gpt2-s42"),
             norm_table=lambda: dict(stream=self.stream),
             theory_responses=lambda: dict(stream=self.stream, n_random=4),
             expert_participation=lambda: dict(model=self.experts, batch=make_batch("retrieval", self.experts, 4)),

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..base.arguments import checked, shown
+from ..base.arguments import checked
 from .activations import exact, refuse_non_finite, run_to, token_batch
+from ..base.kinds import shown
 from ..base.checks import check_int, head_name
 from ..models.architectures import ArchSpec
 from ..models.heads import as_written, head_weights, norm_gain

@@ -18,6 +18,7 @@ from .activations import Activations
 from ..base.checks import check_int, head_name
 
 # %% ../../nbs/attention/pairs.ipynb #pairs-005
+@checked
 @dataclass(frozen=True)
 class Pairs:
     "Attention scores by position: five index tensors of equal length."

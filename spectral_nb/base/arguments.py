@@ -18,8 +18,9 @@ from .kinds import NAMED, SIMPLE, Kind, hold, in_bounds, kinds_of
 def _parameter_kinds(name: str, annotation: Any, default: Any) -> list[Kind]:
     "What one parameter takes: by its annotation, or by its name where it has none; its default is always allowed."
     kinds = [] if annotation is inspect.Parameter.empty else kinds_of(annotation)
-    if not kinds and name in NAMED:
-        kinds = [NAMED[name]]
+    if name in NAMED and (annotation in (inspect.Parameter.empty, Any) or Any in typing.get_args(annotation)):
+        nothing = [SIMPLE[type(None)]] if type(None) in typing.get_args(annotation) else []
+        kinds = [NAMED[name], *nothing]
     bounds = in_bounds(name, default)
 
     def bounded(kind: Kind) -> Kind:

@@ -100,7 +100,7 @@ NAMED = {
         lambda value: isinstance(value, str) or _has("scheduler_address")(value),
     ),
     "metric": Kind("the name of a metric, or a function", lambda value: isinstance(value, str) or callable(value)),
-    "tokenizer": Kind("a tokenizer", _has("encode", "decode")),
+    "tokenizer": Kind("a tokenizer", _has("convert_ids_to_tokens", "decode")),
     "info": Kind("a ModelInfo (see models.model_info)", _has("name", "revision", "tokens", "processing")),
 }
 LEAST = {

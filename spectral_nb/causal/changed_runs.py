@@ -19,7 +19,7 @@ from ..base.arguments import checked
 from ..base.checks import check_int
 from ..base.progress import progress
 from .changes import Changes, change_hooks
-from .metrics import read_hooks, read_values
+from .metrics import read_hooks, read_values, refuse_layers
 from .reached import given_stream, reached_modules, replaced_forwards, unchanged
 from ..models.architectures import ArchSpec
 
@@ -130,6 +130,8 @@ def run_changed(
         some = watch[runs] if watch is not None else torch.zeros(0, 4, dtype=torch.long)
         hooks = change_hooks(model, part) + _watch_hooks(some, seen) + read_hooks(sub, metric)
         logits = _logits(model, sub, prompt[runs], part, some, hooks, start, streams)
+        if not logits.sum().isfinite():
+            refuse_layers(model, sub.tokens)
         at = runs.numpy()  # a tensor of one element would be taken for a number
         metrics[at], scores[at] = read_values(logits, sub, metric), seen.numpy()
     return metrics, scores

@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..models.architectures import ArchSpec
 from ..models.heads import apply_rotation, head_weights, input_hook, rotation
 from ..models.positions import seen_keys
 from ..models.verification import qk_norm_scales, score_hooks
 
 # %% ../../nbs/causal/changes.ipynb #changes-004
+@checked
 @dataclass(frozen=True)
 class Changes:
     "Vectors to add, each in a run of one prompt: at the attention output of `layer`, or at the input of `head` alone."

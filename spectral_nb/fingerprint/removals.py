@@ -20,6 +20,7 @@ from ..base.intervals import bootstrap_ci, exact_p
 from ..base.progress import progress
 from ..causal.ablation import ablate_heads, run_once
 from ..causal.matched_sets import head_list, matched_random
+from ..causal.metrics import refuse_layers
 from ..causal.reached import given_stream, replaced_forwards, skipped
 from ..causal.set_tests import set_verdict
 from ..models.architectures import ArchSpec
@@ -41,7 +42,7 @@ def end_logits(
     start: int = 0,  # first layer that is computed
     stream: Float[Tensor, "batch pos d_model"] | None = None,  # what enters it; None: the tokens enter layer 0
 ) -> Float[Tensor, "batch vocab"]:
-    "Logits at `end` of every prompt, in float32; ValueError names them where they are not finite."
+    "Logits at `end` of every prompt, in float32; ValueError names the layer where one is not finite."
     rows, end = torch.arange(len(tokens), device=model.cfg.device), end.to(model.cfg.device)
     unembed = model.unembed.forward
     forwards = [(model.unembed, lambda x, *args, **kwargs: unembed(x[rows, end][:, None], *args, **kwargs))]
@@ -50,7 +51,7 @@ def end_logits(
     with replaced_forwards(forwards):
         out = model.run_with_hooks(tokens.to(model.cfg.device), return_type="logits", fwd_hooks=hooks)[:, 0].float()
     if not out.isfinite().all():
-        raise ValueError(f"model: {int((~out.isfinite()).any(1).sum())} of {len(out)} prompts have logits not finite")
+        refuse_layers(model, tokens)
     return out
 
 # %% ../../nbs/fingerprint/removals.ipynb #removals-008

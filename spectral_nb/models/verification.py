@@ -59,7 +59,9 @@ def rebuild_scores(model: Any, cache: Any, layer: int) -> Float[Tensor, "batch h
 
     `cache` holds the hooks that `score_hooks` names."""
     w, spec = head_weights(model, layer), ArchSpec.from_model(model)
-    x = exact(cache[input_hook(spec, layer)])
+    if (read := input_hook(spec, layer)) not in cache:
+        raise KeyError(f"cache lacks {read!r}, the input of layer {layer}")
+    x = exact(cache[read])
     q, k = (torch.einsum("bpm,hmd->bphd", x, W) + b for W, b in (w.scored("q"), w.scored("k")))
     if (scales := qk_norm_scales(model, cache, layer)) is not None:
         q, k = q / scales[0][..., None], k / scales[1][..., None]

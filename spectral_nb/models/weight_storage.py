@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.files import read_json
 from ..base.paths import inside
 
@@ -52,6 +53,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     return held
 
 # %% ../../nbs/models/weight_storage.ipynb #weight_storage-007
+@checked
 def weight_files(
     folder: str | Path,  # checkpoint in Hugging Face format
 ) -> dict[str, Path]:  # {tensor name: file}

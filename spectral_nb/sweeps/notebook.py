@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from ..base.arguments import hold, kinds_of
+from ..base.kinds import hold, kinds_of
 from ..base.checks import unknown_name_error
 from ..base.paths import repo_root
 from ..base.sources import parse
@@ -139,7 +139,8 @@ def value_problem(parameter: Parameter, value: Any) -> str | None:
     if not (kinds := _kinds(parameter.kind)):
         return None
     try:
-        return hold(parameter.name, value, kinds)
+        hold(parameter.name, value, kinds)
+        return None
     except (TypeError, ValueError) as e:
         with suppress(TypeError, ValueError):
             if isinstance(value, str) and parameter.kind.startswith(("float", "int")):

@@ -42,7 +42,7 @@ def _start(edges: pd.DataFrame, roots: Any) -> pd.DataFrame:
         return roots[[*_FIRING, "attention"]].assign(importance=weight.to_numpy(float)).reset_index(drop=True)
     check_edges(edges, ["q_role"])
     ends = edges[edges["q_role"].astype(str) == "end"].drop_duplicates(_FIRING)
-    heads = set(parse_heads(roots))
+    heads = set(parse_heads(roots, "roots"))
     is_root = {key[:5] for key in ends[_FIRING].itertuples(index=False, name=None) if key[1:3] in heads}
     places = known[_FIRING].itertuples(index=False, name=None)
     return known.assign(importance=[float(place in is_root) for place in places]).reset_index(drop=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..base.arguments import checked
 from ..attention.selection import select_slices
 from ..base.checks import check_float, check_in, check_int
 
@@ -38,6 +39,7 @@ def check_target(target: Any) -> Any:
     return target
 
 # %% ../../nbs/tracing/options.ipynb #options-004
+@checked
 @dataclass(frozen=True)
 class TraceOptions:
     "How to trace; the defaults are the paper's."
