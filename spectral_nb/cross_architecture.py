@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .base.arguments import check_fields
+from .base.arguments import check_fields, checked
 from .base.checks import check_float, check_in, check_int
 from .survey.classes import capability_survey  # noqa: F401
 from .survey.model_survey import ModelSurvey, survey_models, survey_table
@@ -42,6 +42,7 @@ class CrossArchitectureConfig:
     def __post_init__(self):
         check_fields(self)
         check_in("processing", self.processing, ("folded", "raw"))
+        check_in("dtype", self.dtype, ("float32", "float16", "bfloat16", "float64"))
         if not self.model_name.split():
             raise ValueError(f"model_name={self.model_name!r} names no model")
         for name, low in {"seed": 0, "n_draws": 1, "max_revisions": 2}.items():
@@ -63,11 +64,13 @@ class CrossArchitectureConfig:
         return range(int(low), int(high))
 
 # %% ../nbs/14_cross_architecture.ipynb #14-cross-architect-008
+@checked
 def measure(cfg: CrossArchitectureConfig, skipped: dict | None = None) -> list[ModelSurvey]:
     "Survey every model of `cfg`; one without files is left out, its reason put into `skipped`."
     return survey_models(cfg, skipped)
 
 
+@checked
 def run(cfg: CrossArchitectureConfig) -> pd.DataFrame:
     "The long table of `measure(cfg)`: one number a row."
     return survey_table(measure(cfg))

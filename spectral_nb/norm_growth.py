@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from .base.arguments import checked
 from .models.loading import load_model
 from .models.records import model_info
 from .norms.circuit_norms import r_norm  # noqa: F401
@@ -47,6 +48,7 @@ class NormGrowthConfig:
         return repository_path(self.model_name)
 
 
+@checked
 def measure(cfg: NormGrowthConfig) -> Measurement:
     "Load the model of `cfg`, pass prompts and random inputs through it, collect circuits and weight norms."
     model = load_model(cfg.source, cfg.revision or None, processing=cfg.processing)
@@ -61,6 +63,7 @@ def measure(cfg: NormGrowthConfig) -> Measurement:
     return Measurement(*parts, cfg.layers, cfg.seed)
 
 
+@checked
 def run(cfg: NormGrowthConfig) -> pd.DataFrame:
     "Measure a model and return the long table."
     return measurement_table(measure(cfg))

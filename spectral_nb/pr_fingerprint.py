@@ -12,7 +12,7 @@ import pandas as pd
 
 from .attention.participation import elbow, head_participation, pick_heads  # noqa: F401
 from .attention.participation import pr_integral, pr_rise, pr_spread, rank_heads  # noqa: F401
-from .base.arguments import check_fields
+from .base.arguments import check_fields, checked
 from .base.checks import check_in, check_int
 from .fingerprint.one_model import Fingerprint, fingerprint_model, fingerprint_table
 from .fingerprint.ratios import SCORES
@@ -47,11 +47,13 @@ class FingerprintConfig:
             raise ValueError(f"model_name: needs a name, got {self.model_name!r}")
 
 
+@checked
 def measure(cfg: FingerprintConfig) -> Fingerprint:
     "Identify, verify and explain the heads of one model."
     return fingerprint_model(cfg)
 
 
+@checked
 def run(cfg: FingerprintConfig) -> pd.DataFrame:
     "The long table of `measure(cfg)`: one number a row."
     return fingerprint_table(measure(cfg))

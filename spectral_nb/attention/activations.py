@@ -109,14 +109,19 @@ def run_to(
 
     ValueError with the layer's name where a value is not finite."""
     kept, names = {}, set(names)
+    # a row of scores that are not finite becomes a pattern of zeros: the scores are what is looked at
+    scores = {name.replace("hook_pattern", "hook_attn_scores") for name in names if name.endswith("hook_pattern")}
 
     def hook_fn(value, hook, name):
-        refuse_non_finite(name, value)
+        if not name.endswith("hook_pattern"):
+            refuse_non_finite(name, value)
+        if name not in names:
+            return
         kept[name] = keep(value, name)
         if len(kept) == len(names):
             raise StopAtLayerException(value)  # what TransformerLens itself ends a pass with
 
-    model.run_with_hooks(tokens.to(model.cfg.device), fwd_hooks=[(name, partial(hook_fn, name=name)) for name in names])
+    model.run_with_hooks(tokens.to(model.cfg.device), fwd_hooks=[(n, partial(hook_fn, name=n)) for n in names | scores])
     return kept
 
 # %% ../../nbs/attention/activations.ipynb #03-005e

@@ -15,7 +15,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .arguments import checked, shown
+from .arguments import checked
+from .kinds import shown
 from .checks import parse_heads
 from .labels import check_columns
 from .plots import COLORS, DIVERGING, SEQUENTIAL, axes_of

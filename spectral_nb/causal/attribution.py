@@ -75,12 +75,13 @@ def attribute_heads(
     loss (any for "exact"); `mode` as in `ablate_heads`, `reference` is `batch` itself where none is given."""
     check_in("method", method, METHODS)
     check_in("mode", mode, MODES)
+    check_int("steps", steps, 1)
     if method != "exact":
         check_in("metric", metric, ("logit_diff", "answer_logprob", "loss"))
     reference = run_once(model, batch if reference is None else reference, mode)
     if method == "exact":
         return single_heads(model, batch, metric, mode=mode, reference=reference, batch_size=batch_size)
-    n = 1 if method == "atp" else check_int("steps", steps, 1)
+    n = 1 if method == "atp" else steps
     levels = [1.0] if method == "atp" else [(i + 0.5) / n for i in range(n)]
     parts = []
     for part in progress(list(batch.batches(check_int("batch_size", batch_size, 1))), desc="attribution"):

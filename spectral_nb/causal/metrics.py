@@ -114,7 +114,9 @@ def refuse_layers(model, tokens) -> None:
     "ValueError naming the first layer whose output is not finite, or the logits where all layers are."
     layers = range(model.cfg.n_layers)
     run_to(model, tokens, ["hook_embed", *(f"blocks.{layer}.hook_resid_post" for layer in layers)])
-    raise ValueError("logits: not finite, though every layer is; the final norm or the unembedding is damaged")
+    raise ValueError(
+        "logits: not finite, though every layer is: the final norm, the unembedding or a change made to the pass"
+    )
 
 # %% ../../nbs/causal/metrics.ipynb #metrics-010
 @checked

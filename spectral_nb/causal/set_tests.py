@@ -6,11 +6,13 @@
 __all__ = ['set_verdict', 'AblationResult', 'AblationOptions', 'ablation_test']
 
 # %% ../../nbs/causal/set_tests.ipynb #set-tests-002
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from ..base.arguments import checked
 from ..base.checks import check_in, check_int, parse_heads
@@ -25,14 +27,19 @@ VERDICTS = ("primary", "secondary", "interferer", "correlate", "null", "untested
 # %% ../../nbs/causal/set_tests.ipynb #set-tests-005
 @checked
 def set_verdict(
-    effect: Interval, draw_effects, *, selective: bool = False, alpha: float = 0.05, far: float = 2.0
+    effect: Interval,
+    draw_effects: Float[np.ndarray, " draw"] | list,
+    *,
+    selective: bool = False,
+    alpha: float = 0.05,
+    far: float = 2.0,
 ) -> str:
     """`primary`, `secondary`, `interferer`, `correlate`, `null` or `untested`: an effect beside those of matched sets.
 
     `selective`: the set was picked for a signal; `alpha`: the level; `far`: how many times the largest draw is far."""
-    draws = np.asarray(draw_effects, dtype=float)
-    if not len(draws):
+    if len(draw_effects) == 0:
         return "untested"
+    draws = np.asarray(draw_effects, dtype=float)
     level = max(alpha, 1 / (1 + len(draws)))
     if effect.low > 0 and effect.estimate > draws.max() and effect.estimate >= far * draws.max():
         return "primary"
@@ -105,6 +112,7 @@ class AblationResult:
         }
 
 # %% ../../nbs/causal/set_tests.ipynb #set-tests-010
+@checked
 @dataclass(frozen=True)
 class AblationOptions:
     "How a set of heads is tested."
@@ -120,6 +128,7 @@ class AblationOptions:
         check_in("mode", self.mode, (*MODES, RAW_ZERO))
         check_in("match", self.match, ("layer", "model"))
         check_int("n_draws", self.n_draws, 1)
+        parse_heads(self.exclude, "exclude")
 
 # %% ../../nbs/causal/set_tests.ipynb #set-tests-011
 def _result(options, metric, pairs, draws, baseline, ablated, draw_values, whole) -> AblationResult:
@@ -153,7 +162,7 @@ def ablation_test(
     options: AblationOptions = AblationOptions(),
     *,
     reference=None,
-    draws=None,
+    draws: Iterable | None = None,
     **changes,
 ) -> AblationResult:
     """Ablate `heads` and matched random sets on `batch`, and compare; effects in the metric's unit, positive for harm.
@@ -171,6 +180,6 @@ def ablation_test(
     how = dict(metric=metric, mode=options.mode, reference=run_once(model, reference, options.mode), seed=seed)
     without = partial(ablated_values, model, batch, **how)
     baseline, ablated = evaluate(model, batch, metric), without(pairs)
-    draws = tuple(tuple(parse_heads(d)) for d in draws)
+    draws = tuple(tuple(parse_heads(d, "draws")) for d in draws)
     whole = [(layer, h) for layer in sorted({ly for ly, _ in pairs}) for h in range(n_heads)]
     return _result(options, metric, pairs, draws, baseline, ablated, [without(d) for d in draws], without(whole))

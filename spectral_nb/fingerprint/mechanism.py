@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..base.arguments import checked
+from ..base.checks import check_finite
 from ..attention.activations import run_to
 from ..attention.participation import head_shape, read_outputs, read_positions
 from ..attention.spectra import factored_singular_values, participation_ratio_from_values
@@ -69,7 +70,10 @@ def _outputs(model, batch, role: str, batch_size: int = 32) -> Float[Tensor, "ba
     "Heads' outputs at the role's position, in float64."
     some = progress(list(batch.batches(batch_size)), desc="outputs")
     parts = [read_outputs(model, part.tokens, read_positions(part, role)) for part in some]
-    return torch.cat(parts).double().cpu()
+    z = torch.cat(parts).double().cpu()
+    for layer in range(z.shape[1]):
+        check_finite("activations", z[:, layer], f"layer {layer}")
+    return z
 
 # %% ../../nbs/fingerprint/mechanism.ipynb #mechanism-011
 def finder_scores(picks, truth) -> dict[str, float]:

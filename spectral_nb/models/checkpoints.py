@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.arguments import checked
 from ..base.checks import unknown_name_error
 from ..base.paths import inside, zoo_dir
 from ..base.runs import stable_hash
@@ -194,6 +195,7 @@ _HASHED = (
 )
 
 
+@checked
 def checkpoint_hash(name_or_path: str | Path, revision: str | None = None) -> str:
     "Hash of a checkpoint's weights, configuration and tokenizer without loading it; for a hub model, of its commit."
     source = resolve(name_or_path, revision)

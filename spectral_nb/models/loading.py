@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..base.checks import check_in
+from ..base.arguments import checked
+from ..base.checks import check_in, check_int
 from .architectures import ArchSpec
 from .checkpoints import resolve
 from .families import FAMILIES
@@ -64,6 +65,7 @@ def _keep_frequencies(hf_model: Any, change: Any) -> None:
         setattr(module, name, buffer.to(getattr(module, name).device))
 
 # %% ../../nbs/models/loading.ipynb #loading-007
+@checked
 def from_hf(
     hf_model: Any,
     tokenizer: Any = None,
@@ -79,6 +81,9 @@ def from_hf(
     `processing="folded"` folds and centres the weights in place: keep a copy of `hf_model` if it is still needed.
     ValueError for an unsupported architecture or shape, non-finite weights, or a model that was taken over before."""
     check_in("processing", processing, ("folded", "raw"))
+    for counted, value in (("step", step), ("tokens", tokens)):
+        if value is not None:
+            check_int(counted, value, 0)
     spec = ArchSpec.from_model(hf_model)
     if processing == "folded":
         _refuse_folding(spec)
@@ -132,6 +137,20 @@ def _load_bridge(source: Any, processing: str, dtype: str, device: str, check: b
     return model
 
 
+def _check_device(device: str | None) -> str:
+    "The device asked for, or the best that there is; ValueError for one that this machine lacks."
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is not known; allowed are 'cpu', 'cuda', 'cuda:1', 'mps'") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch finds no CUDA device here; allowed is 'cpu'")
+    return device
+
+
+@checked
 def load_model(
     name_or_path: str | Path,
     revision: str | None = None,
@@ -150,10 +169,11 @@ def load_model(
     check_in("processing", processing, ("folded", "raw"))
     check_in("dtype", dtype, _DTYPES)
     source = resolve(name_or_path, revision)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _check_device(device)
     return _load_bridge(source, processing, dtype, device, check, trust_remote_code)
 
 # %% ../../nbs/models/loading.ipynb #loading-009
+@checked
 def self_check(
     name_or_path: str | Path, revision: str | None = None, *, processing: str = "folded"
 ) -> dict[str, float]:

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_int
 from ..causal.attribution import attribute_heads
 from ..causal.head_effects import single_heads
@@ -62,6 +63,7 @@ def is_exact(model: Any, exact: bool | None = None) -> bool:
     return model.cfg.n_layers * model.cfg.n_heads <= EXACT_UP_TO if exact is None else exact
 
 # %% ../../nbs/norms/circuits.ipynb #circuits-005
+@checked
 def find_circuit(
     model: Any,
     task: str,

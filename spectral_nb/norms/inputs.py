@@ -21,6 +21,8 @@ def check_growth_config(cfg: Any) -> None:
     check_fields(cfg)
     check_in("processing", cfg.processing, ("folded", "raw"))
     check_in("task", cfg.task, TASKS)
+    for task in cfg.circuit_tasks.replace(",", " ").split():
+        check_in("circuit_tasks", task, [t for t in TASKS if t != "text"])
     for field, least in (("n_prompts", 2), ("n_random", 2), ("seed", 0)):
         check_int(field, getattr(cfg, field), least)
     if cfg.texts and cfg.task != "text":

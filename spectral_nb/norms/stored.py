@@ -7,11 +7,13 @@ __all__ = ['stored_circuits', 'store_circuits']
 
 # %% ../../nbs/norms/stored.ipynb #stored-003
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..base.arguments import checked
 from ..base.checks import head_name, parse_heads, unknown_name_error
 from ..base.files import read_json, write_json
 from ..base.paths import data_dir
@@ -44,6 +46,7 @@ def _stored_circuit(model: str, task: str, entry: dict, same: bool) -> Circuit:
     return Circuit(model, task, listed, source, effects, entry.get("baseline") if same else None, roles)
 
 # %% ../../nbs/norms/stored.ipynb #stored-004
+@checked
 def stored_circuits(model: str, revision: str | None = None, folder: Path | None = None) -> dict[str, Circuit]:
     """Stored circuits of a model by task; empty where none is stored. ValueError if the file belongs to other weights.
 
@@ -61,10 +64,17 @@ def stored_circuits(model: str, revision: str | None = None, folder: Path | None
     return {task: _stored_circuit(model, task, c, same) for task, c in data["circuits"].items()}
 
 # %% ../../nbs/norms/stored.ipynb #09-008b
+@checked
 def store_circuits(
-    model: str, tasks=CIRCUIT_TASKS, n_prompts: int | None = None, seed: int = 0, folder: Path | None = None
+    model: str,
+    tasks: Iterable[str] = CIRCUIT_TASKS,
+    n_prompts: int | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
 ) -> Path:
     "Find the circuits of a model's tasks and write them with the checkpoint's hash and the command that made them."
+    if not (tasks := list(tasks)):
+        raise ValueError(f"tasks is empty; known are {', '.join(CIRCUIT_TASKS)}")
     loaded, found = load_model(model), {}
     for task in tasks:
         c = find_circuit(loaded, task, n_prompts, seed)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attention.activations import run_to
+from ..base.arguments import checked
 from ..models.architectures import ArchSpec
 from ..base.intervals import Interval
 from ..base.progress import progress
@@ -118,6 +119,7 @@ def attention_response(model: Any, layer: int, x: Float[Tensor, "n d_model"]) ->
     return (out * spec.write_scale).norm(dim=-1).cpu()
 
 # %% ../../nbs/norms/theories.ipynb #theories-001
+@checked
 def theory_responses(
     model: Any, batch: Any, stream: StreamNorms, n_random: int = 256, seed: int = 0
 ) -> dict[tuple[str, str], Float[np.ndarray, "layer n"]]:

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..base.arguments import checked
 from ..base.checks import check_finite, check_in
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
@@ -183,6 +184,7 @@ def _read_mlp(reader: LayerReader, layer: int) -> Iterator[tuple[str, int | None
             yield from ((key, expert, x) for key, x in _read_part(reader, layer, name, part.replace(below, place)))
 
 # %% ../../nbs/norms/weight_files.ipynb #09-017
+@checked
 def weight_norms(
     folder_or_name: str | Path | Any, revision: str | None = None, *, processing: str = "folded"
 ) -> pd.DataFrame:

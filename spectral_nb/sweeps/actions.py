@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.checks import check_in
 from .plan import RunRequest, plan_runs
 from .progress import SweepProgress, duration
@@ -94,6 +95,7 @@ def _outcome(spec: SweepSpec, plan: list[RunRequest], records: dict, reused: int
     return SweepOutcome(spec.name, spec.out, runs, seconds, reused)
 
 # %% ../../nbs/sweeps/actions.ipynb #actions-007
+@checked
 def run_sweeps(
     sources: Sequence,
     workers: int = 1,
@@ -136,6 +138,7 @@ def run_sweeps(
     return [_outcome(s, p, records, d, time.time() - started) for s, p, d in zip(specs, plans, done)]
 
 
+@checked
 def run_sweep(spec: str | Path | dict | SweepSpec, workers: int = 1, **options) -> SweepOutcome:
     "Run one sweep, given as a file, a mapping or a checked specification; options as for `run_sweeps`."
     return run_sweeps([spec], workers, **options)[0]
@@ -145,7 +148,8 @@ def _inside(spec: SweepSpec, out: Path) -> SweepSpec:
     return replace(spec, out=out.absolute() / spec.name)
 
 # %% ../../nbs/sweeps/actions.ipynb #actions-010
-def sweep_plan(source, out: str | Path | None = None) -> pd.DataFrame:
+@checked
+def sweep_plan(source: str | Path | dict | SweepSpec, out: str | Path | None = None) -> pd.DataFrame:
     "The runs before or after a sweep: what varies, status, memory needed (as its file says) and used, in 2^30 bytes."
     spec = load_spec(source, out)
     plan = plan_runs(spec)
@@ -157,19 +161,28 @@ def sweep_plan(source, out: str | Path | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sweep_status(source, out: str | Path | None = None) -> pd.DataFrame:
+@checked
+def sweep_status(source: str | Path | dict | SweepSpec, out: str | Path | None = None) -> pd.DataFrame:
     "One row per run: all parameters, status, error, seconds, peak memory."
     return runs_table(plan_runs(load_spec(source, out)))
 
 
-def collect_sweep(source, out: str | Path | None = None) -> SweepOutcome:
+@checked
+def collect_sweep(source: str | Path | dict | SweepSpec, out: str | Path | None = None) -> SweepOutcome:
     "Write `results.parquet` and `runs.parquet` again, from the runs that are finished."
     spec = load_spec(source, out)
     runs = collect(spec, plan_runs(spec))
     return SweepOutcome(spec.name, spec.out, runs, reused=int((runs.status == "done").sum()))
 
 
-def clean_sweep(source, out: str | Path | None = None, *, stale: bool = False, everything: bool = False) -> list[Path]:
+@checked
+def clean_sweep(
+    source: str | Path | dict | SweepSpec,
+    out: str | Path | None = None,
+    *,
+    stale: bool = False,
+    everything: bool = False,
+) -> list[Path]:
     """Remove run folders that failed, are damaged or were left half-done; returns what was removed.
 
     Runs in progress stay. `stale` also removes finished runs that the file no longer asks for, or that earlier code
@@ -191,7 +204,8 @@ def clean_sweep(source, out: str | Path | None = None, *, stale: bool = False, e
     return removed
 
 # %% ../../nbs/sweeps/actions.ipynb #actions-012
-def report_sweep(source, out: str | Path | None = None) -> Path:
+@checked
+def report_sweep(source: str | Path | dict | SweepSpec, out: str | Path | None = None) -> Path:
     """Execute the report notebook over a sweep's folder; returns its HTML, or the notebook where there is no nbconvert.
 
     FileNotFoundError if nothing has finished; RuntimeError if the report fails.

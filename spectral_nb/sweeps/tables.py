@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..base.arguments import checked
 from ..base.files import read_json, write_json, write_table
 from .plan import RunRequest
 from .records import is_running, read_record
@@ -89,6 +90,7 @@ def collect(spec: SweepSpec, requests: list[RunRequest]) -> pd.DataFrame:
     return table
 
 # %% ../../nbs/sweeps/tables.ipynb #tables-011
+@checked
 def load_results(folder: str | Path) -> pd.DataFrame:
     """All results of the sweep in a folder as one long table: metric and value, the runs' parameters, provenance.
 

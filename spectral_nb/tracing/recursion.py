@@ -196,7 +196,7 @@ def _root_heads(model, batch, roots, options: TraceOptions) -> list[tuple[int, i
             batch.at(role)
     if roots is None:
         return find_roots(model, batch, options)
-    pairs = parse_heads(roots, n_layers=spec.n_layers, n_heads=spec.n_heads)
+    pairs = parse_heads(roots, "roots", n_layers=spec.n_layers, n_heads=spec.n_heads)
     if not pairs:
         raise ValueError("roots: needs at least one head, got none")
     return pairs

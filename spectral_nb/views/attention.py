@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectral_nb.base.arguments import checked
 from spectral_nb.attention.activations import Activations, capture
 from spectral_nb.attention.pairs import Pairs, valid_pairs
 from spectral_nb.models.architectures import ArchSpec
@@ -30,6 +31,7 @@ from spectral_nb.base.labels import literal
 from spectral_nb.base.plots import COLORS, figure
 
 # %% ../../nbs/views/attention.ipynb #17-005
+@checked
 @torch.no_grad()
 def slice_maps(
     model: Any, acts: Activations, layer: int, head: int, prompt: int = 0
@@ -38,7 +40,7 @@ def slice_maps(
 
     Zero where a key is not seen; the slices sum to the scores before a bias or cap.
     """
-    n = int(acts.lengths[prompt])
+    n = int(acts.lengths[check_int("prompt", prompt, 0, len(acts.lengths) - 1)])
     q, k = valid_pairs(acts, layer)[prompt, :n, :n].nonzero().unbind(1)
     whole = [torch.full_like(q, v) for v in (prompt, layer, head)]
     terms = slice_terms(model, acts, Pairs(*whole, q, k)) * ArchSpec.from_model(model).score_scale
@@ -99,6 +101,7 @@ def _prompt_block(prompt: int, place: int, tokens: list[str], names: list[str]) 
     return text
 
 
+@checked
 def attention_page(
     model: Any,
     batch: Any,
@@ -141,8 +144,14 @@ def attention_page(
     return write_page(path, title, page, style=asset("attention.css"), data=views, scripts=scripts)
 
 # %% ../../nbs/views/attention.ipynb #17-011
+@checked
 def plot_pattern(
-    values: Any, tokens: Sequence[str], *, ax: Any = None, label: str = "attention", signed: bool = False
+    values: Float[np.ndarray, "q_pos k_pos"],
+    tokens: Sequence[str],
+    *,
+    ax: Any = None,
+    label: str = "attention",
+    signed: bool = False,
 ) -> Any:
     "Map of `values [q_pos, k_pos]` with its tokens on both axes, destinations downwards; returns the axes."
     values = np.asarray(values, dtype=float)
@@ -163,7 +172,8 @@ def plot_pattern(
     return ax
 
 
-def plot_slice_terms(terms: Any, *, ax: Any = None) -> Any:
+@checked
+def plot_slice_terms(terms: Float[np.ndarray, " sv"], *, ax: Any = None) -> Any:
     "The terms of one score by singular value, the signal set coloured; returns the axes."
     terms = torch.as_tensor(np.asarray(terms, dtype=float))
     if terms.ndim != 1 or not len(terms):

@@ -182,7 +182,7 @@ def circuit_data(
     records = _edge_records(table, {} if trace is None else _rows(trace, max_prompts), effects)
     nodes = list(dict.fromkeys([*table["tail"], *table["head_at"]]))
     places = layout(nodes, {n: d["layer"] for n, d in graph.nodes(data=True)}, role_order(table, trace, roles))
-    known = {} if known_heads is None else parse_known(known_heads)
+    known = {} if known_heads is None else parse_known(known_heads, argument="known_heads")
     n_prompts = graph.graph.get("n_prompts") or int(table["count"].max())
     return dict(
         nodes=_node_records(graph, places, known),

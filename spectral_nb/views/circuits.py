@@ -14,6 +14,8 @@ from typing import Any
 import networkx as nx
 import pandas as pd
 
+from spectral_nb.base.arguments import checked
+from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.views.circuit_tables import circuit_data
 from spectral_nb.views.pages import asset, vis_network, write_page
 
@@ -21,10 +23,11 @@ from spectral_nb.views.pages import asset, vis_network, write_page
 SCRIPTS = ("circuit_facts.js", "circuit_prompts.js", "circuit_graph.js", "circuit_layout.js", "circuit_controls.js")
 
 # %% ../../nbs/views/circuits.ipynb #circuits-003
+@checked
 def circuit_page(
     edges: pd.DataFrame | nx.DiGraph,
-    batch: Any,
-    tokenizer: Any,
+    batch: PromptBatch | None,
+    tokenizer: Any | None,
     path: str | Path,
     *,
     effects: pd.DataFrame | None = None,
