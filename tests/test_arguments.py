@@ -84,6 +84,7 @@ NOT_DRIVEN = {
     "svt.SvtResult",
     "sweeps.spec.SweepSpec",
     "tracing.flow.Flow",
+    "tracing.one_prompt.PromptTrace",
     "tracing.reading.Readings",
     "training.monitor.TransitionEvent",
     "attention.activations.Activations",
