@@ -1,6 +1,9 @@
 "The report of a sweep: made from tables alone, and executed for real once."
 
+import threading
+
 import nbformat
+import papermill
 import pytest
 from sweep_toy import write_toy
 
@@ -68,6 +71,24 @@ def test_report_command(tmp_path, capsys):
     told = read_json(out / "sweep.json")
     write_json({**told, "published": [{"metric": "square", "value": 4, "label": "known"}]}, out / "sweep.json")
     assert main(["report", str(out)]) == 0 and "report.html" in capsys.readouterr().out
+
+
+def test_reports_of_two_sweeps_at_once(tmp_path, capsys, monkeypatch):
+    "Both reports have the run id `report`; in threads of one process each keeps its kernel."
+    both, execute = threading.Barrier(2, timeout=100), papermill.execute_notebook
+
+    def execute_together(*args, **options):
+        both.wait()
+        return execute(*args, **options)
+
+    write_toy(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(f"notebook: 90_toy\nparameters: {{x: {ord(name)}}}\n")
+    files, out = [str(tmp_path / f"{name}.yaml") for name in "ab"], ["--out", str(tmp_path / "out")]
+    assert main(["run", *files, *out, "--executor", "serial", "--quiet"]) == 0
+    monkeypatch.setattr(papermill, "execute_notebook", execute_together)
+    assert main(["report", *files, *out, "--workers", "2"]) == 0, capsys.readouterr().err
+    assert all((tmp_path / "out" / name / "report.html").is_file() for name in "ab")
 
 
 def test_a_formula_in_a_parameter_is_text(tmp_path):

@@ -140,9 +140,9 @@ def _execute_notebook(request: RunRequest, environment: dict, lock: int) -> dict
         r"([{}])", r"\1\1", str(request.folder / "notebook.ipynb")
     )  # papermill fills in what stands in braces
     given = {**request.parameters, "out_dir": str(request.folder)}
-    shown = dict(kernel_name="python3", language="python", progress_bar=False, engine_name=request.run_id)
+    shown = dict(kernel_name="python3", language="python", progress_bar=False, engine_name=str(request.folder))
     with tempfile.TemporaryDirectory(prefix="nb") as folder:
-        papermill_engines.register(request.run_id, _engine(request, environment, lock, folder))
+        papermill_engines.register(str(request.folder), _engine(request, environment, lock, folder))
         try:
             papermill.execute_notebook(nbformat.reads(request.source, 4), path, parameters=given, **shown)
         except Exception as e:
