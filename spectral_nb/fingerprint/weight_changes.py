@@ -9,29 +9,24 @@ __all__ = []
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from ..base.arguments import checked
-from ..attention.participation import head_shape
 from ..base.checks import check_int
-from ..models.heads import head_weights
 
 # %% ../../nbs/fingerprint/weight_changes.ipynb #weights-005
-def head_parameters(model) -> Float[np.ndarray, "layer head parameter"]:
-    "All weights of each head (W_Q, W_K, W_V, W_O) as one vector; grouped heads share their keys and values."
-    out = []
-    for layer in range(head_shape(model)[0]):
-        w = head_weights(model, layer)
-        out.append(torch.cat([x.detach().flatten(1) for x in (w.W_Q, w.W_K, w.W_V, w.W_O)], dim=1))
-    return torch.stack(out).double().numpy()
+def head_vectors(model) -> Float[Tensor, "layer head parameter"]:
+    "W_Q, W_K, W_V and W_O of each head of a Hugging Face GPT-2 as one vector."
+    n_heads, d_model, out = model.config.n_head, model.config.n_embd, []
+    for block in model.transformer.h:
+        fused = block.attn.c_attn.weight.detach().view(d_model, 3, n_heads, -1)
+        inward = fused.permute(1, 2, 0, 3).flatten(2)  # [3, head, d_model * d_head]
+        out.append(torch.cat([*inward, block.attn.c_proj.weight.detach().view(n_heads, -1)], dim=1))
+    return torch.stack(out)
 
 # %% ../../nbs/fingerprint/weight_changes.ipynb #weights-006
-@checked
-def weighted_gap(deltas: Float[np.ndarray, "*head window parameter"]) -> Float[np.ndarray, "*head"]:
-    "Signal-weighted spectral gap of a window of weight changes; 1 where nothing moves."
-    deltas = np.asarray(deltas, dtype=float)
-    if deltas.shape[-2] < 2:
-        raise ValueError(f"deltas: a gap needs at least two changes, got {deltas.shape[-2]}")
-    gram = deltas @ np.swapaxes(deltas, -1, -2)
+def gap_of_gram(gram: Float[np.ndarray, "*set window window"]) -> Float[np.ndarray, "*set"]:
+    "Signal-weighted spectral gap from the inner products of a window of changes; 1 where nothing moves."
     s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[..., ::-1], 0))
     floor = np.maximum(s[..., :1] * 1e-6, 1e-300)
     s = np.maximum(s, floor)
@@ -39,13 +34,45 @@ def weighted_gap(deltas: Float[np.ndarray, "*head window parameter"]) -> Float[n
 
 
 @checked
-def rolling_gap(
-    parameters: Float[np.ndarray, "ckpt layer head parameter"], window: int = 10
-) -> Float[np.ndarray, "layer head ckpt"]:
-    "`weighted_gap` of the `window` changes before each checkpoint; NaN where there are fewer."
-    check_int("window", window, 2)
-    deltas = np.moveaxis(np.diff(parameters, axis=0), 0, 2)  # [layer head change parameter]
-    out = np.full((*deltas.shape[:2], len(parameters)), np.nan)
-    for end in range(window, len(parameters)):
-        out[..., end] = weighted_gap(deltas[:, :, end - window : end])
+def weighted_gap(deltas: Float[np.ndarray, "*head window parameter"]) -> Float[np.ndarray, "*head"]:
+    "Signal-weighted spectral gap of a window of weight changes; ValueError for fewer than two."
+    deltas = np.asarray(deltas, dtype=float)
+    if deltas.shape[-2] < 2:
+        raise ValueError(f"deltas: a gap needs at least two changes, got {deltas.shape[-2]}")
+    return gap_of_gram(deltas @ np.swapaxes(deltas, -1, -2))
+
+# %% ../../nbs/fingerprint/weight_changes.ipynb #weights-011
+class ChangeProducts:
+    """Inner products of each change of the weights with the `window` latest ones (itself first), for every head and,
+    in the last row, for the whole model; only the last `window` changes are held."""
+
+    def __init__(self, window: int = 10):
+        self.window, self.last, self.changes, self.products = check_int("window", window, 2), None, [], []
+
+    def add(self, heads: Float[Tensor, "layer head parameter"], whole: Float[Tensor, " parameter"]) -> None:
+        "The weights at one more checkpoint."
+        now = (heads.detach().flatten(0, 1).clone(), whole.detach()[None].clone())
+        if self.last is not None:
+            self.changes = [*self.changes, tuple(a - b for a, b in zip(now, self.last))][-self.window :]
+            row = torch.full((len(now[0]) + 1, self.window), torch.nan, dtype=torch.float64)
+            for lag, earlier in enumerate(reversed(self.changes)):
+                parts = [(a * b).sum(-1, dtype=torch.float64) for a, b in zip(self.changes[-1], earlier)]
+                row[:, lag] = torch.cat(parts).cpu()
+            self.products.append(row)
+        self.last = now
+
+    def table(self) -> Float[np.ndarray, "change head window"]:
+        "All products so far; the last of the heads is the whole model."
+        return torch.stack(self.products).numpy()
+
+# %% ../../nbs/fingerprint/weight_changes.ipynb #weights-012
+def rolling_gap(products: Float[np.ndarray, "change set window"]) -> Float[np.ndarray, "set ckpt"]:
+    "Gap of the `window` changes up to each checkpoint (one more than changes); NaN where there are fewer."
+    n, n_sets, window = products.shape
+    lag = np.abs(np.subtract.outer(np.arange(window), np.arange(window)))
+    later = np.maximum.outer(np.arange(window), np.arange(window))
+    out = np.full((n_sets, n + 1), np.nan)
+    for end in range(window, n + 1):
+        gram = products[end - window : end][later, :, lag]  # [window, window, set]
+        out[:, end] = gap_of_gram(np.moveaxis(gram, -1, 0))
     return out
