@@ -45,7 +45,7 @@ class SeedFamily:
 
 FAMILIES = {
     "story-gpt2": SeedFamily("story-gpt2-s42", 1600, 20, 100, "seeds_"),
-    "story-8x16": SeedFamily("story-8x16-s42", 2000, 10, 100, "seeds_8x16_"),
+    "story-8x16": SeedFamily("story-8x16-s42", 2000, 5, 100, "seeds_8x16_"),
 }
 
 
