@@ -53,15 +53,15 @@ def _lost_by_seed(s: SeedSummary, condition: str) -> pd.Series:
 
 def _carry_claims(s: SeedSummary) -> list[dict]:
     "Do the picks carry retrieval: against random sets, by the rise instead, against other seeds' picks?"
-    spread, rise = _lost_by_seed(s, "own spread"), _lost_by_seed(s, "own rise")
+    spread = _lost_by_seed(s, "own spread")
+    random = "matched model"
+    second = ("Picks by the final rise carry more of retrieval than picks by the spread", _lost_by_seed(s, "own rise"))
+    if s.gaps is not None:
+        text = "A seed's picks by integral carry more of it than random sets of as many heads as by spread"
+        second = (text, _lost_by_seed(s, "own integral"))
     pairs = (
-        (
-            "A seed's picks by spread carry more of retrieval than random sets of as many heads",
-            spread,
-            "matched model",
-            "",
-        ),
-        ("Picks by the final rise carry more of retrieval than picks by the spread", rise, "own spread", ""),
+        ("A seed's picks by spread carry more of retrieval than random sets of as many heads", spread, random, ""),
+        (*second, "own spread" if s.gaps is None else random, ""),
         (
             "A seed's picks carry more of its retrieval than other seeds' picks do",
             spread,
@@ -89,13 +89,21 @@ def _timing_claims(s: SeedSummary) -> list[dict]:
     text = "The monitor's first event of a seed comes before the accuracy passes one half"
     say = dict(side="greater", unit="steps", n=len(s.picks))
     about = f"precision of its events {quality['precision']}"
-    return [*rows, differs(text, quality["first_lead"], 0.0, **say) | {"about": about}]
+    rows.append(differs(text, quality["first_lead"], 0.0, **say) | {"about": about})
+    return rows if s.gaps is None else [*rows, _gap_claim(s)]
+
+
+def _gap_claim(s: SeedSummary) -> dict:
+    "Do the weight changes show the circuit before the accuracy rises?"
+    text = "Before the accuracy rises, the gap of the picks' weight changes is larger than that of random sets"
+    say = dict(side="greater", unit="ratio, 200 steps before", n=len(s.gaps))
+    return differs(text, bootstrap_ci(s.gaps.to_numpy()), 1.0, **say) | {"about": "picks over matched sets"}
 
 
 def _pick_claims(s: SeedSummary, score: str) -> list[dict]:
     "Would a null be picked, are picks needed, does the initialisation tell?"
     heads, rows = s.tables["heads"], []
-    if score != "content":
+    if score != "content" and s.gaps is None:
         f = seed_false_positives(s.tables["trajectory"], score).set_index("null").loc["shuffled positions"]
         text = "Fewer than 5 % of heads read at random positions would be picked"
         share = Interval(f.share, f.ci_low, f.ci_high)

@@ -179,3 +179,13 @@ def condition_effects(ablation: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         out, columns=["kind", "n_sets", "lost", "lost_low", "lost_high", "loss_rise", "loss_low", "loss_high"]
     )
+
+# %% ../../nbs/fingerprint/seed_stats.ipynb #stats-020
+def circuit_places(ablation: pd.DataFrame, needed: float = 0.2) -> pd.DataFrame:
+    """By seed, accuracy lost without the first layer and without the late half, and where the task is carried: in a
+    place if more than the share `needed` of the baseline goes with it."""
+    wide = ablation.pivot_table(index="seed", columns="condition", values="accuracy")
+    lost = pd.DataFrame({"first": wide.baseline - wide["layer 0"], "late": wide.baseline - wide["late half"]})
+    first, late = (lost[c] > needed * wide.baseline for c in ("first", "late"))
+    lost["carried"] = np.select([first & late, first, late], ["both", "first layer only", "late half only"], "neither")
+    return lost.reset_index()

@@ -16,6 +16,7 @@ from ..base.intervals import Interval
 from .ratios import SCORES
 from .seed_runs import picks_of
 from spectral_nb.fingerprint.seed_stats import (
+    circuit_places,
     condition_effects,
     dose_response,
     finder_table,
@@ -23,7 +24,14 @@ from spectral_nb.fingerprint.seed_stats import (
     recurrence,
     start_prediction,
 )
-from .seed_timing import circuit_ratios, gap_lags, lead_contrast, lead_times, replay_events
+from spectral_nb.fingerprint.seed_timing import (
+    circuit_ratios,
+    gap_before,
+    gap_lags,
+    lead_contrast,
+    lead_times,
+    replay_events,
+)
 from .seeds import load_seed_tables
 
 # %% ../../nbs/fingerprint/seed_summary.ipynb #summary-003
@@ -44,43 +52,56 @@ class SeedSummary:
     events: dict[str, pd.DataFrame]
     ratios: pd.DataFrame
     lags: pd.DataFrame
+    places: pd.DataFrame | None = None  # where the task is carried; with a late half and more alone
+    gaps: pd.Series | None = None  # of weight changes, picks over matched sets before the rise, by seed
+    without: dict[str, pd.DataFrame] | None = None  # events in trainings without the task
 
 # %% ../../nbs/fingerprint/seed_summary.ipynb #summary-004
+_START = ("top", "gap", "spread", "alignment")
+
+
+def _only_here(tables: dict[str, pd.DataFrame], last: pd.DataFrame) -> dict:
+    "What only families with whole-set gaps and trainings without the task can say."
+    if "gaps" not in tables:
+        return {}
+    signals = {"content ratio": "content", "participation ratio alone": "pr"}
+    without = {name: replay_events(tables["without"], {}, signal) for name, signal in signals.items()}
+    gaps = gap_before(tables["gaps"], tables["trajectory"])
+    return dict(places=circuit_places(last), gaps=gaps, without=without)
+
+
 @checked
-def summarise_seeds(score: str = "spread", folder=None) -> SeedSummary:
-    "Read the committed tables (or those in `folder`) and compute what the article shows."
-    tables = load_seed_tables(folder)
+def summarise_seeds(score: str = "spread", folder=None, family: str = "story-gpt2") -> SeedSummary:
+    "Read the committed tables of a family (or those in `folder`) and compute what the article shows."
+    tables = load_seed_tables(folder, family)
     trajectories, heads = tables["trajectory"], tables["heads"]
     picks = picks_of(heads, check_in("score", score, SCORES))
     n_layers, n_heads = int(heads.layer.max()) + 1, int(heads["head"].max()) + 1
     last = tables["ablation"][tables["ablation"].step == trajectories.step.max()]
     start = [
         start_prediction(heads, f"start_{f}", f"pick_{score}", within)
-        for f in ("top", "gap")
+        for f in _START
+        if f"start_{f}" in heads
         for within in ("seed", "layer")
     ]
-    leads = {"PR": lead_times(trajectories, picks), "content PR": lead_times(trajectories, picks, "content")}
-    contrasts = {
-        name: lead_contrast(trajectories, picks, signal) for name, signal in (("PR", "pr"), ("content PR", "content"))
-    }
-    recurring = [recurrence(picks, n_layers, n_heads, within) for within in ("layer", "model")]
-    events = {
-        "content ratio": replay_events(trajectories, picks),
-        "participation ratio alone": replay_events(trajectories, picks, "pr"),
-    }
+    signals = (("PR", "pr"), ("content PR", "content"))
     ratios = circuit_ratios(trajectories, picks)
     return SeedSummary(
-        tables,
-        picks,
-        leads,
-        contrasts,
-        finder_table(heads, SCORES),
-        pd.DataFrame(recurring),
-        layer_shares(picks, n_layers),
-        pd.DataFrame(start),
-        condition_effects(last),
-        dose_response(last)[1],
-        events,
-        ratios,
-        gap_lags(ratios),
+        tables=tables,
+        picks=picks,
+        leads={name: lead_times(trajectories, picks, signal) for name, signal in signals},
+        contrasts={name: lead_contrast(trajectories, picks, signal) for name, signal in signals},
+        finders=finder_table(heads, SCORES),
+        recurring=pd.DataFrame([recurrence(picks, n_layers, n_heads, within) for within in ("layer", "model")]),
+        layers=layer_shares(picks, n_layers),
+        start=pd.DataFrame(start),
+        effects=condition_effects(last),
+        dose=dose_response(last)[1],
+        events={
+            "content ratio": replay_events(trajectories, picks),
+            "participation ratio alone": replay_events(trajectories, picks, "pr"),
+        },
+        ratios=ratios,
+        lags=gap_lags(ratios),
+        **_only_here(tables, last),
     )

@@ -117,3 +117,15 @@ def gap_lags(ratios: pd.DataFrame) -> pd.DataFrame:
         peak = float(known.step.iloc[known.gap_ratio.argmax()])
         rows.append((seed, half, peak, half - peak, float(known.gap_ratio.max()), float(part.pr_ratio.max())))
     return pd.DataFrame(rows, columns=["seed", "pr_step", "gap_step", "gap_lead", "gap_ratio_max", "pr_ratio_max"])
+
+# %% ../../nbs/fingerprint/seed_timing.ipynb #timing-018
+def gap_before(gaps: pd.DataFrame, trajectory: pd.DataFrame, before: int = 200) -> pd.Series:
+    "By seed: mean gap of the picks over matched sets in the `before` steps up to accuracy 0.5 (all steps without it)."
+    out = {}
+    for seed, own in gaps.groupby("seed"):
+        means = own.groupby(["step", "set"]).gap.mean().unstack()
+        at = accuracy_step(trajectory[trajectory.seed == seed])
+        part = means if at is None else means.loc[at - before : at]
+        if {"picks", "matched"} <= set(part):
+            out[int(seed)] = float((part.picks / part.matched).mean())
+    return pd.Series(out, name="gap_ratio", dtype=float)
