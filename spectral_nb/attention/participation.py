@@ -71,6 +71,7 @@ def read_outputs(
 ) -> Float[Tensor, "batch layer head d_head"]:
     "Every head's z at one position of each prompt; the model's mode (train, eval) is kept and no gradient recorded."
     n_layers, n_heads = head_shape(model)
+    tokens = tokens.to(next(model.parameters()).device)
     rows, kept = torch.arange(len(tokens), device=tokens.device), {}
 
     def read(layer, z):
