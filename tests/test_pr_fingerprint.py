@@ -12,7 +12,7 @@ from conftest import random_tokens, tiny_hf, zoo_names
 from spectral_nb.fingerprint.mechanism import codeword_readout, finder_scores, key_attention
 from spectral_nb.fingerprint.ratios import as_array, false_positives, head_ratios, head_scores, ratio_trajectory
 from spectral_nb.fingerprint.ratios import null_scores
-from spectral_nb.fingerprint.weight_changes import rolling_gap, weighted_gap
+from spectral_nb.fingerprint.weight_changes import ChangeProducts, rolling_gap, weighted_gap
 from spectral_nb.attention.participation import (
     HeadGrams,
     elbow,
@@ -234,6 +234,58 @@ def test_readout_generalises_only_where_the_code_is_linear(tiny_model, monkeypat
 def test_weighted_gap_of_known_changes():
     assert weighted_gap(np.diag([4.0, 2.0, 1.0])) == pytest.approx(2)
     assert weighted_gap(np.ones((3, 5))) > 1e5 and weighted_gap(np.zeros((3, 5))) == pytest.approx(1)
+    parameters = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 1, 2, 30)).cumsum(0))
+    changes, larger = ChangeProducts(window=3), ChangeProducts(window=3)
+    for at in parameters:
+        changes.add(at, at.flatten())
+        larger.add(5 * at, 5 * at.flatten())
+    gap = rolling_gap(changes.table())  # [two heads and the whole model, checkpoint]
+    assert np.isnan(gap[:, :3]).all() and gap.shape == (3, 8)
+    assert gap[1, 5] == pytest.approx(weighted_gap(np.diff(parameters[2:6, 0, 1].numpy(), axis=0)))
+    assert gap[2, 7] == pytest.approx(weighted_gap(np.diff(parameters[4:].flatten(1).numpy(), axis=0)))
+    np.testing.assert_allclose(rolling_gap(larger.table())[:, 3:], gap[:, 3:])
+    with pytest.raises(ValueError, match="two"):
+        elbow([1.0])
+
+
+def test_selectivity_of_a_planted_head(tiny_model):
+    model, batch = tiny_model("gpt2"), toy_batch()
+
+    def plant(pattern, hook):
+        pattern = torch.zeros_like(pattern)
+        pattern[..., 0], pattern[..., 3] = 0.1, 0.9
+        return pattern
+
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", plant)]):
+        found = key_attention(model, batch)
+    expected = 0.9 / np.mean([0.1 / q for q in batch.positions["end"].tolist()])
+    np.testing.assert_allclose(found["attention"][1], 0.9, rtol=1e-5)
+    np.testing.assert_allclose(found["selectivity"][1], expected, rtol=1e-4)
+
+
+def test_readout_generalises_only_where_the_code_is_linear(tiny_model, monkeypatch):
+    "One head writes a linear image of the answer's unembedding, the others noise; no test answer occurs in training."
+    import spectral_nb.fingerprint.mechanism as fingerprint
+
+    model, batch, noise = tiny_model("gpt2", "raw"), toy_batch(400), torch.Generator().manual_seed(0)
+    train = dataclasses.replace(batch, answer=torch.arange(400) % 40 + 1)
+    test = dataclasses.replace(batch, answer=torch.arange(400) % 20 + 45)
+    project = torch.randn(32, 8, generator=noise).double()
+
+    def outputs(model, prompts, role):
+        z = torch.randn(400, 2, 4, 8, generator=noise).double()
+        z[:, 1, 2] = model.W_U[:, prompts.answer].T.double() @ project
+        return z
+
+    monkeypatch.setattr(fingerprint, "_outputs", outputs)
+    hits, chance = codeword_readout(model, train, test)
+    # 8 of 32 dimensions of an isotropic unembedding: far above chance, not perfect; noise stays at chance (sd 0.011)
+    assert chance == 1 / 20 and hits[1, 2] > 4 * chance and np.delete(hits.ravel(), 6).max() < 2.4 * chance
+
+
+def test_weighted_gap_of_known_changes():
+    assert weighted_gap(np.diag([4.0, 2.0, 1.0])) == pytest.approx(2)
+    assert weighted_gap(np.ones((3, 5))) > 1e5 and weighted_gap(np.zeros((3, 5))) == pytest.approx(1)
     parameters = np.random.default_rng(0).normal(size=(8, 1, 2, 30)).cumsum(0)
     gap = rolling_gap(parameters, 3)
     assert np.isnan(gap[..., :3]).all() and gap[0, 1, 5] == pytest.approx(
@@ -311,6 +363,24 @@ def test_committed_tables_are_complete():
     assert (base.accuracy > 0.9).all()
     events = replay_events(tables["trajectory"], {})
     assert set(events.seed) == seeds and not events.picked.any()
+
+
+def test_tables_of_the_large_seeds_are_complete():
+    if not tables_dir().is_dir():
+        pytest.skip("tables are absent")
+    tables = load_seed_tables(family="story-8x16")
+    assert set(tables) == {"trajectory", "heads", "ablation", "gaps", "without"}
+    seeds = set(tables["heads"].seed)
+    assert len(seeds) == 6 and len(tables["heads"]) == 6 * 128
+    assert tables["trajectory"].value.notna().all() and set(tables["trajectory"].seed) == seeds
+    accuracy = tables["trajectory"].query("metric == 'accuracy'")
+    assert (accuracy.groupby("seed").value.last() > 0.9).all()
+    rise = accuracy.query("0.1 < value < 0.9").groupby("seed").size()
+    assert rise.min() >= 10 and rise.mean() >= 17  # a cadence that can tell what comes first
+    control = tables["without"].query("metric == 'accuracy'")
+    assert control.seed.nunique() == 3 and control.value.max() < 0.1
+    with pytest.raises(ValueError, match="story-gpt2"):
+        load_seed_tables(family="story-gpt3")
 
 
 @zoo

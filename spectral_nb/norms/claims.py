@@ -78,7 +78,7 @@ def norm_growth_claims(m: Measurement, split: Interval | None = None, n_seeds: i
     rows = _stream_claims(m) + _theory_claims(m) + _circuit_claims(m)
     if split is not None:
         unit = "factor per layer and doubling"
-        claim = "More heads at equal width raise the growth rate (models trained for this alone)"
+        claim = "More heads at equal width raise the growth rate at equal loss (models trained for this alone)"
         rows.append(
             differs(claim, split, 0, side="greater", unit=unit, n=n_seeds, published="predicted (Hanson), not run")
         )

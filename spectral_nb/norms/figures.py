@@ -189,24 +189,17 @@ def development_figure(steps: pd.DataFrame) -> Figure:
     return fig
 
 # %% ../../nbs/norms/figures.ipynb #figures-006
-def split_figure(runs: pd.DataFrame) -> Figure:
-    "Growth rate against the number of heads at equal width, one point a seed."
-    fig, ax = figure(width=WIDTH)
-    means = runs.groupby("n_heads").rate.mean()
-    ax.plot(means.index, means, color=COLORS[7], linewidth=1)
-    for i, (seed, part) in enumerate(runs.groupby("seed")):
-        x = part.n_heads * (1 + 0.03 * (i - 1))
-        ax.errorbar(
-            x,
-            part.rate,
-            yerr=[part.rate - part.low, part.high - part.rate],
-            fmt="o",
-            capsize=2,
-            color=COLORS[i % len(COLORS)],
-            label=f"{seed}",
-        )
-    ax.set(xscale="log", xlabel="heads (same width)", ylabel="growth rate a layer", xticks=means.index)
-    ax.set_xticks(means.index, [str(n) for n in means.index])
-    ax.minorticks_off()
-    ax.legend(title="seed")
+def split_figure(compared: dict[str, pd.DataFrame]) -> Figure:
+    "Growth rate against the number of heads at equal width, one panel a comparison, one point a seed, mean as a line."
+    fig, axes = figure(len(compared), 1, width=WIDTH, height=2.4 * len(compared), sharex=True)
+    for ax, (name, models) in zip(axes, compared.items()):
+        means = models.groupby("n_heads").rate.mean()
+        ax.plot(means.index, means, color=COLORS[7], linewidth=1)
+        for i, (seed, part) in enumerate(models.groupby("seed")):
+            ax.plot(part.n_heads, part.rate, "o", color=COLORS[i % len(COLORS)], label=f"{int(seed)}")
+        ax.set(xscale="log", ylabel="growth rate a layer", title=name)
+        ax.set_xticks(means.index, [str(int(n)) for n in means.index])
+        ax.minorticks_off()
+    axes[-1].set_xlabel("heads (same width)")
+    axes[0].legend(title="seed")
     return fig
