@@ -140,7 +140,7 @@ def evaluate(model, batch, metric: str | Callable = "accuracy", batch_size: int 
 def _part_values(model, part, metric) -> np.ndarray:
     "Of one batch, through a single pass."
     with model.hooks(fwd_hooks=read_hooks(part, metric)):
-        logits = model(part.tokens)
+        logits = model(part.tokens.to(model.cfg.device))
     if not logits.sum().isfinite():
         refuse_layers(model, part.tokens)
     return read_values(logits, part, metric)

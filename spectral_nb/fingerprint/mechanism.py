@@ -15,7 +15,7 @@ from ..base.arguments import checked
 from ..base.checks import check_finite
 from ..attention.activations import run_to
 from ..attention.participation import head_shape, read_outputs, read_positions
-from ..attention.spectra import factored_singular_values, participation_ratio_from_values
+from ..attention.spectra import factored_svd, participation_ratio_from_values
 from ..base.progress import progress
 from ..models.heads import head_weights
 
@@ -32,7 +32,8 @@ def key_attention(
         raise ValueError(f"key={key!r}: must stand before query={query!r} in every prompt")
     to_key, to_others = np.zeros((n_layers, n_heads)), np.zeros((n_layers, n_heads))
     for part in progress(list(batch.batches(batch_size)), desc="attention to the key"):
-        q, k, rows = read_positions(part, query), read_positions(part, key), torch.arange(len(part))
+        q, k = (read_positions(part, role).to(model.cfg.device) for role in (query, key))
+        rows = torch.arange(len(part), device=q.device)
         cache = run_to(model, part.tokens, names, lambda pattern, name, rows=rows, q=q: pattern[rows, :, q])
         pattern = torch.stack([cache[name] for name in names]).double()  # [layer prompt head key_pos]
         there = pattern[:, rows, :, k].transpose(0, 1)  # [layer prompt head]
@@ -46,7 +47,7 @@ def codeword_readout(model, train, test, role: str = "end", ridge: float = 1e-2)
     """(share of `test` prompts whose answer each head's output names [layer, head], chance).
 
     `train` and `test` are batches with answers; candidates are the answers that occur in `test`."""
-    W_U = model.W_U.detach()
+    W_U = model.W_U.detach().cpu()
     candidates = test.answer.unique()
     target, named = W_U[:, train.answer].T.double(), W_U[:, candidates].T.double()
     mean = target.mean(0)
@@ -90,14 +91,18 @@ def finder_scores(picks, truth) -> dict[str, float]:
 
 
 def spectrum_at_start(model) -> dict[str, Float[np.ndarray, "layer head"]]:
-    "Of each head's W_QK: `top` singular value, `gap` (first over second), and participation ratio of the spectrum."
-    values = []
+    """Of each head's W_QK: `top` singular value, `gap` (first over second), `spread` (participation ratio of the
+    spectrum), and `alignment`: variance of the token embeddings along its first singular vectors (mean of the query's
+    and the key's) over the mean variance along any direction; 1 is no alignment."""
+    found, E = [], model.W_E.detach().double()
+    E = E - E.mean(0)
     for layer in range(head_shape(model)[0]):
         w = head_weights(model, layer)
-        values.append(factored_singular_values(w.W_Q, w.W_K))
-    S = torch.stack(values).double()
-    return {
-        "top": S[..., 0].numpy(),
-        "gap": (S[..., 0] / S[..., 1]).numpy(),
-        "spread": participation_ratio_from_values(S.square()).numpy(),
-    }
+        U, S, Vh = factored_svd(w.W_Q, w.W_K)
+        first = torch.stack([U[..., 0], Vh[:, 0]], dim=1).double()  # [head, side, d_model]
+        along = (first @ E.T).square().sum(-1).mean(1) * E.shape[1] / E.square().sum()
+        S = S.double()
+        spread = participation_ratio_from_values(S.square())
+        found.append(torch.stack([S[:, 0], S[:, 0] / S[:, 1], spread.to(S), along.to(S)]).cpu())
+    values = torch.stack(found, dim=1).numpy()
+    return dict(zip(("top", "gap", "spread", "alignment"), values))

@@ -14,25 +14,22 @@ import numpy as np
 import pandas as pd
 
 from ..base.arguments import checked
-from ..attention.participation import pick_heads, shuffled_positions
-from ..base.checks import check_int
-from ..base.files import read_json, read_table, write_table
-from ..base.progress import progress
+from ..attention.participation import pick_heads
+from ..base.files import write_table
 from ..causal.ablation import ablated_values
 from ..causal.metrics import evaluate, metric_interval
 from ..causal.matched_sets import head_list, matched_random
 from ..causal.head_effects import single_heads
 from .mechanism import codeword_readout, key_attention, spectrum_at_start
-from .ratios import checkpoint_ratios
 from .ratios import head_scores
-from .weight_changes import head_parameters, rolling_gap
+from .seed_watch import watched
+from .weight_changes import rolling_gap
 from ..models.loading import load_model
 from ..prompts.grammar import story_tokenizer
 from ..prompts.lookup_tasks import retrieval
 from ..prompts.running_text import text
 
 # %% ../../nbs/fingerprint/seed_runs.ipynb #runs-005
-LAST_STEP, EVERY = 1600, 20
 _PROMPT_SEEDS = {"screen": 11, "ablation": 12, "readout": 13, "heldout": 14, "stories": 15}
 
 
@@ -48,31 +45,18 @@ def seed_batches(n_screen: int = 250, n_ablation: int = 200) -> dict:
     }
 
 
+def saved_step(folder: str | Path, step: int | None = None) -> int:
+    "First saved checkpoint at or after `step`; the last one where `step` is None or later."
+    saved = sorted(int(f.name.removeprefix("step")) for f in (Path(folder) / "checkpoints").glob("step*"))
+    if not saved:
+        raise FileNotFoundError(f"folder={str(folder)!r} holds no checkpoints/step*")
+    return next((s for s in saved if step is not None and s >= step), saved[-1])
+
+
 def _checkpoint(folder: Path, step: int):
     return load_model(folder / "checkpoints", f"step{step}", processing="raw")
 
 # %% ../../nbs/fingerprint/seed_runs.ipynb #runs-007
-def measure_run(
-    folder: str | Path, *, every: int = EVERY, last: int = LAST_STEP, window: int = 10, batches: dict | None = None
-) -> pd.DataFrame:
-    "Trajectory table of a training run: columns seed, step, tokens, layer, head, metric, value."
-    folder, batch = Path(folder), (batches or seed_batches())["screen"]
-    config, null = read_json(folder / "train_config.json"), shuffled_positions(batch)
-    steps, rows, parameters = list(range(0, check_int("last", last, 1) + 1, check_int("every", every, 1))), [], []
-    for step in progress(steps, desc=folder.name):
-        model = _checkpoint(folder, step)
-        ratios, accuracy = checkpoint_ratios(model, batch, null)
-        parameters.append(head_parameters(model).astype(np.float32))
-        rows += [(step, ly, h, metric, v) for metric, array in ratios.items() for (ly, h), v in np.ndenumerate(array)]
-        rows.append((step, -1, -1, "accuracy", accuracy))
-    gap = rolling_gap(np.stack(parameters), window)
-    rows += [(steps[i], ly, h, "gap", v) for (ly, h, i), v in np.ndenumerate(gap) if np.isfinite(v)]
-    table = pd.DataFrame(rows, columns=["step", "layer", "head", "metric", "value"])
-    table.insert(0, "seed", config["seed"])
-    table.insert(2, "tokens", table.step * config["batch_size"] * config["n_ctx"])
-    return table
-
-
 def accuracy_curve(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     "(accuracy, steps) of one seed's trajectory."
     part = table[table.metric == "accuracy"].sort_values("step")
@@ -86,10 +70,10 @@ def accuracy_step(table: pd.DataFrame, level: float = 0.5) -> int | None:
 
 # %% ../../nbs/fingerprint/seed_runs.ipynb #runs-009
 def seed_heads(
-    folder: str | Path, trajectory: pd.DataFrame, step: int = LAST_STEP, batches: dict | None = None
+    folder: str | Path, trajectory: pd.DataFrame, step: int | None = None, batches: dict | None = None
 ) -> pd.DataFrame:
-    "One row a head: scores and picks over `trajectory`, mechanism and single ablation at `step`, spectrum at step 0."
-    folder, batches = Path(folder), batches or seed_batches()
+    "One row a head: scores and picks over `trajectory`, mechanism and ablation at `step` (last), spectrum at step 0."
+    folder, batches, step = Path(folder), batches or seed_batches(), saved_step(folder, step)
     model = _checkpoint(folder, step)
     scores = head_scores(trajectory[trajectory.metric != "accuracy"])
     columns = {f"score_{name}": array for name, array in scores.items()}
@@ -136,7 +120,8 @@ def ablation_conditions(
                 (f"matched {match}", d)
                 for d in matched_random(own, possible, seed, n_heads=n_heads, n_layers=n_layers, match=match)
             ]
-    layers = sorted({layer for layer, _ in own})
+    layers, late = sorted({layer for layer, _ in own}), range(n_layers // 2, n_layers)
+    rows += [("late half", [(ly, h) for ly in late for h in range(n_heads)])]
     rows += [("picked layers", [(ly, h) for ly in layers for h in range(n_heads)])]
     return rows + [(f"layer {ly}", [(ly, h) for h in range(n_heads)]) for ly in range(n_layers)]
 
@@ -182,16 +167,46 @@ def ablation_rows(
     )
 
 # %% ../../nbs/fingerprint/seed_runs.ipynb #runs-015
+def gap_rows(products: np.ndarray, trajectory: pd.DataFrame, picks: list, n_draws: int = 20) -> pd.DataFrame:
+    """Gap of the weight changes of sets of heads: columns seed step set draw gap.
+
+    Sets: the picks as one, `n_draws` sets of as many other heads, all other heads, the whole model."""
+    own = trajectory[trajectory.layer >= 0]
+    n_layers, n_heads = int(own.layer.max()) + 1, int(own["head"].max()) + 1
+    place = {pair: i for i, pair in enumerate(np.ndindex(n_layers, n_heads))}
+    others = [pair for pair in place if pair not in set(picks)]
+    sets = [("picks", 0, picks), ("others", 0, others)]
+    if 0 < len(picks) <= len(others):
+        rng = np.random.default_rng(0)
+        drawn = [[others[i] for i in rng.permutation(len(others))[: len(picks)]] for _ in range(n_draws)]
+        sets += [("matched", i, heads) for i, heads in enumerate(drawn)]
+    sets = [(name, i, [place[pair] for pair in heads]) for name, i, heads in sets if heads] + [("model", 0, [-1])]
+    summed = np.stack([products[:, at].sum(1) for _, _, at in sets], axis=1)
+    steps = np.sort(own.step.unique())
+    rows = [
+        (name, i, int(step), value)
+        for (name, i, _), gaps in zip(sets, rolling_gap(summed))
+        for step, value in zip(steps, gaps)
+        if np.isfinite(value)
+    ]
+    table = pd.DataFrame(rows, columns=["set", "draw", "step", "gap"])
+    return table.assign(seed=int(trajectory.seed.iloc[0]))[["seed", "step", "set", "draw", "gap"]]
+
+# %% ../../nbs/fingerprint/seed_runs.ipynb #runs-016x
 @checked
-def measure_seeds(folders: Iterable[str | Path], **options) -> None:
-    "Write `trajectory.parquet` and `heads.parquet` into each run's folder, unless they are there."
+def measure_seeds(folders: Iterable[str | Path]) -> None:
+    """Write `trajectory.parquet`, `gaps.parquet` and `heads.parquet` into each watched training's folder, unless there.
+
+    FileNotFoundError for a folder that was not watched."""
     if not (folders := [Path(folder) for folder in folders]):
         raise ValueError("folders is empty: at least one folder of a training run is needed")
     batches = seed_batches()
     for folder in folders:
-        if not (folder / "trajectory.parquet").is_file():
-            write_table(measure_run(folder, batches=batches, **options), folder / "trajectory.parquet")
-        if not (folder / "heads.parquet").is_file():
-            write_table(
-                seed_heads(folder, read_table(folder / "trajectory.parquet"), batches=batches), folder / "heads.parquet"
-            )
+        if (folder / "heads.parquet").is_file():
+            continue
+        trajectory, products = watched(folder)
+        heads = seed_heads(folder, trajectory, batches=batches)
+        write_table(trajectory, folder / "trajectory.parquet")
+        own = picks_of(heads)[int(trajectory.seed.iloc[0])]
+        write_table(gap_rows(products, trajectory, own), folder / "gaps.parquet")
+        write_table(heads, folder / "heads.parquet")  # last: what a later call looks for

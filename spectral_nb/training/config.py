@@ -15,6 +15,7 @@ from ..base.checks import check_float, check_in, check_int, unknown_name_error
 
 # %% ../../nbs/training/config.ipynb #config-004
 ARCHITECTURES = ("gpt2", "neox", "llama", "olmo", "olmoe")
+_MIX = ("retrieval", "random", "story", "ioi", "sva")
 _LEAST = dict(
     n_layers=1,
     d_model=2,
@@ -62,6 +63,7 @@ class TrainConfig:
     warmup_steps: int = 100
     decay_fraction: float = 0.4  # last part of training, over which the rate falls linearly to zero
     weight_decay: float = 0.01  # of matrices; AdamW
+    without: str = ""  # what the story mix leaves out, for instance "retrieval": a control
     repeat_order: str = "fixed"  # of repeated chunks in the story mix; "shuffled" for rotary models
     text: str = ""  # "" is the story grammar; else a file or "hf:owner/name"
     tokenizer: str = ""  # "" is the story tokenizer; else a folder or hub name
@@ -78,6 +80,7 @@ class TrainConfig:
         check_in("architecture", self.architecture, ARCHITECTURES)
         check_in("repeat_order", self.repeat_order, ("fixed", "shuffled"))
         check_in("device", self.device.split(":")[0], ("auto", "cpu", "cuda", "mps"))
+        check_in("without", self.without, ("", *_MIX))
         check_in("precision", self.precision, ("float32", "bfloat16"))
         for field, low in _LEAST.items():
             check_int(field, getattr(self, field), low)
@@ -128,8 +131,8 @@ def _story_rotary() -> list[TrainConfig]:
 
 
 def _story_8x16() -> list[TrainConfig]:
-    shape = dict(n_layers=8, d_model=128, n_heads=16, d_mlp=512, n_ctx=64)
-    schedule = dict(batch_size=32, steps=2000, learning_rate=2e-3, checkpoint_every=10, eval_every=20, n_checkpoints=2)
+    shape = dict(n_layers=8, d_model=256, n_heads=16, d_mlp=1024, n_ctx=64)
+    schedule = dict(batch_size=64, steps=2000, learning_rate=3e-3, checkpoint_every=100, eval_every=0, n_checkpoints=2)
     return [TrainConfig(f"story-8x16-s{s}", seed=s, **shape, **schedule) for s in (42, 271, 149, 7, 11, 13)]
 
 

@@ -22,7 +22,7 @@ from ..base.arguments import checked
 from ..base.checks import check_int
 from ..base.files import read_json, read_table, write_json, write_table
 from ..base.progress import progress
-from ..prompts.stories import sample_training
+from ..prompts.stories import DEFAULT_MIX, sample_training
 from .accuracy import evaluate_tasks
 from .checkpoint import load_state, new_folder, save_state, write_checkpoint
 from .config import TrainConfig
@@ -37,13 +37,17 @@ def make_batches(config: TrainConfig, tokenizer) -> Callable[[int], Int[Tensor, 
     elif config.tokenizer:
         raise ValueError(f"tokenizer={config.tokenizer!r} needs a text: the story grammar has its own")
 
+    mix = {name: share for name, share in DEFAULT_MIX.items() if name != config.without}
+
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, step])
         if config.text:
             return torch.from_numpy(
                 sample_text(rng, stream, config.batch_size, config.n_ctx, probe, config.probe_fraction)
             )
-        return torch.as_tensor(sample_training(rng, config.batch_size, config.n_ctx, repeat_order=config.repeat_order))
+        return torch.as_tensor(
+            sample_training(rng, config.batch_size, config.n_ctx, mix=mix, repeat_order=config.repeat_order)
+        )
 
     return batch
 
