@@ -243,6 +243,7 @@ class Examples:
                 sizes=(0.0, 0.5, 1.0)),
             set_verdict=dict(effect=Interval(*effects), draw_effects=[0.1, 0.2, 0.3]),
             ablation_test=dict(options=AblationOptions(n_draws=2)), attribute_heads=size,
+            trace_prompt=dict(text="When Mary and John went to the shop , John gave a book to", answer=" Mary"),
             draw_graph=dict(known=["L0H0"]), trace_flow=lambda: dict(roots=self.traced[1], edges=self.traced[0]),
             write_graph=dict(path=f"{self.folder}/graph.json"), read_graph=lambda: dict(path=self.graph_file()),
             filter_graph=dict(min_count=1), edge_interventions=lambda: dict(edges=self.edges.head(2)),

@@ -62,6 +62,8 @@ def checked_edges(model, batch, edges: pd.DataFrame) -> pd.DataFrame:
     given = set(map(str, edges["weights_hash"].unique()))
     if given - {info.weights_hash}:
         raise ValueError(f"edges: traced on weights {', '.join(sorted(given))}, the model's are {info.weights_hash}")
+    if "kind" in edges and (values := int((edges["kind"] == "value").sum())):
+        raise ValueError(f"edges: {values} are of kind 'value'; interventions act on what queries and keys read")
     if (other := edges.loc[edges["upstream_head"] < 0, "upstream"].astype(str).unique()).size:
         raise ValueError(
             f"edges: {', '.join(other)} are no heads; intervene on edges of a trace with components='heads'"
