@@ -154,12 +154,12 @@ def test_read_tensor_of_both_formats(llama):
 
 @pytest.mark.parametrize("revision", [0, False, [], 1.5])
 def test_revision_must_be_text(llama, revision):
-    with pytest.raises(TypeError, match="revision must be a name"):
+    with pytest.raises(TypeError, match="revision must be text"):
         load_model(llama, revision)
 
 
 def test_shipped_model_refuses_a_number_too():
-    with pytest.raises(TypeError, match="revision must be a name"):
+    with pytest.raises(TypeError, match="revision must be text"):
         load_model("story-neox", 0)
 
 

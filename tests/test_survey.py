@@ -322,7 +322,7 @@ def test_expert_outputs_sum_to_the_block():
 def test_refusals(planted, batch):
     with pytest.raises(ValueError, match="threshold"):
         capability_survey(planted, batch, threshold=-1)
-    with pytest.raises(ValueError, match="longest possible for this model is 48"):
+    with pytest.raises(ValueError, match="has 60 tokens, the model reads 48"):
         capability_survey(planted, bigrams(2, length=60))
     with pytest.raises(ValueError, match="vocabulary ends at 29"):
         capability_survey(planted, bigrams(2, n_words=300))

@@ -195,8 +195,8 @@ def test_presets_are_the_designs_models():
     assert set(PRESETS) == {*SHIPPED, *sources_size, "ts51m"}
     for name in sources_size:
         config = preset(name)
-        assert (config.n_layers, config.n_heads, config.d_model, config.d_mlp, config.n_ctx) == (8, 16, 128, 512, 64)
-        assert (config.batch_size, config.steps, config.learning_rate) == (32, 2000, 2e-3)
+        assert (config.n_layers, config.n_heads, config.d_model, config.d_mlp, config.n_ctx) == (8, 16, 256, 1024, 64)
+        assert (config.batch_size, config.steps, config.learning_rate) == (64, 2000, 3e-3)
     with pytest.raises(KeyError, match="story-llama"):
         preset("story-lama")
     with pytest.raises(TypeError, match="learning_rate"):

@@ -136,7 +136,7 @@ def _is_array(value: Any) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(value, (np.ndarray, *((torch.Tensor,) if torch else ()))):
         return True
-    return isinstance(value, (list, tuple)) and np.asarray(value, dtype=object).size > 0
+    return isinstance(value, (list, tuple, range)) and np.asarray(value, dtype=object).size > 0
 
 
 def _array_of(name: str, value: Any) -> Any:

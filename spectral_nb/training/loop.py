@@ -158,7 +158,7 @@ class _Run:
 # %% ../../nbs/training/loop.ipynb #06-026
 @checked
 def train(
-    config: TrainConfig, out_dir: str | Path, callbacks: Iterable[Callable] = (), stop_after: int | None = None
+    config: TrainConfig, out_dir: str | Path, callbacks: Iterable = (), stop_after: int | None = None
 ) -> pd.DataFrame:
     """Train, or go on training, in `out_dir`; returns the log: `LOG_COLUMNS`, losses in nats, accuracies 0 to 1.
 
