@@ -324,7 +324,7 @@ def test_refusals(planted, batch):
         capability_survey(planted, batch, threshold=-1)
     with pytest.raises(ValueError, match="has 60 tokens, the model reads 48"):
         capability_survey(planted, bigrams(2, length=60))
-    with pytest.raises(ValueError, match="vocabulary ends at 29"):
+    with pytest.raises(ValueError, match="below the model's d_vocab=30"):
         capability_survey(planted, bigrams(2, n_words=300))
     with pytest.raises(ValueError, match="query_role='subject'"):
         capability_survey(planted, batch, query_role="subject")
