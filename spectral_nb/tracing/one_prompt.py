@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..base.arguments import checked
 from ..base.checks import check_float, check_int
 from ..causal.metrics import evaluate
 from ..models.architectures import ArchSpec
@@ -84,6 +85,7 @@ def chosen_roots(model: Any, batch: PromptBatch, options: TraceOptions, share: f
     return [divmod(i, ArchSpec.from_model(model).n_heads) for i in order[: min(count, n)].tolist()]
 
 # %% ../../nbs/tracing/one_prompt.ipynb #one-prompt-007
+@checked
 def trace_prompt(
     model: Any,
     text: str,
