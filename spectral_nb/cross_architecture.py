@@ -12,6 +12,7 @@ import pandas as pd
 
 from .base.arguments import check_fields, checked
 from .base.checks import check_float, check_in, check_int
+from .survey.batches import vocabulary_ids
 from .survey.classes import capability_survey  # noqa: F401
 from .survey.model_survey import ModelSurvey, survey_models, survey_table
 
@@ -52,16 +53,7 @@ class CrossArchitectureConfig:
                 raise ValueError(f"{name}={value} is too small: at least {least}, or 0 for the default")
         for name in ("threshold", "screen_threshold"):
             check_float(name, getattr(self, name), 0)
-        self.token_ids()
-
-    def token_ids(self):
-        "The `vocabulary` as `synthetic_bigrams` takes it."
-        if self.vocabulary in ("", "all"):
-            return self.vocabulary or None
-        low, _, high = self.vocabulary.partition(":")
-        if not (low.isdigit() and high.isdigit()):
-            raise ValueError(f"vocabulary={self.vocabulary!r} must be '', 'all' or a range such as '100:10000'")
-        return range(int(low), int(high))
+        vocabulary_ids(self.vocabulary)
 
 # %% ../nbs/14_cross_architecture.ipynb #14-cross-architect-008
 @checked

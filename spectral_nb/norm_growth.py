@@ -56,8 +56,7 @@ def measure(cfg: NormGrowthConfig) -> Measurement:
     stream = measure_stream(model, batch)
     parse_layers(cfg.layers, stream.n_layers)
     responses = theory_responses(model, batch, stream, cfg.n_random, cfg.seed)
-    where = cfg.source, cfg.revision or None
-    found, skipped = circuits_of_tasks(cfg.circuit_tasks, *where, seed=cfg.seed, loaded=model)
+    found, skipped = circuits_of_tasks(cfg.circuit_tasks, cfg.source, cfg.revision or None, seed=cfg.seed, loaded=model)
     words = model.tokenizer.convert_ids_to_tokens(batch.tokens[0, : int(batch.lengths[0])].tolist())
     parts = model_info(model), stream, responses, weight_norms(model), found, skipped, words
     return Measurement(*parts, cfg.layers, cfg.seed)

@@ -54,8 +54,7 @@ def measure(cfg: SparseAttentionConfig) -> tuple[Any, list[sparsity.TaskSlices]]
     "The model, and the slices of every task."
     model = load_model(cfg.model_name, cfg.revision or None, processing=cfg.processing)
     first = sparsity.untrained_model(cfg.model_name, cfg.revision, cfg.processing)
-    sources = dict(texts=cfg.texts, prompts=cfg.prompts)
-    batches = sparsity.task_batches(model, cfg.tasks, cfg.n_prompts, cfg.seed, **sources)
+    batches = sparsity.task_batches(model, cfg.tasks, cfg.n_prompts, cfg.seed, texts=cfg.texts, prompts=cfg.prompts)
     options, measured = sparsity.SliceOptions(cfg.threshold, cfg.rule, cfg.n_draws, cfg.seed), []
     for batch in progress(batches, desc="tasks"):
         accuracy = None if batch.answer is None else evaluate(model, batch, "accuracy")

@@ -224,23 +224,6 @@ class General(Literal):
     def inputs(self, layer):
         return self.value("ln1.hook_out" if self.spec.norm_before else "hook_resid_pre", layer)
 
-    def slices(self, b, layer, head, i, j):
-        U, S, V = self.omega(layer, head, j - i)
-        x = self.inputs(layer)[b]
-        xi, xj = np.append(x[i], 1.0), np.append(x[j], 1.0)
-        terms = [xi @ U[:, k] * S[k] * (V[:, k] @ xj) for k in range(len(S))]
-        total = sum(terms)
-        scale = self.norm_scale("q", b, layer, head, i) * self.norm_scale("k", b, layer, head, j)
-        expected = self.value("attn.hook_attn_scores", layer)[b, head, i, j] / self.spec.score_scale
-        assert abs(total / scale - expected) < 1e-3 * max(1.0, abs(expected))
-        chosen, running = [], 0.0
-        for k in sorted(range(len(S)), key=lambda k: -terms[k]):
-            chosen.append(k)
-            running += terms[k]
-            if running > total:
-                break
-        return [(k, 1.0 if xi @ U[:, k] >= 0 else -1.0) for k in chosen], U, S, V
-
     def gain(self, norm):
         weight = getattr(norm.original_component, "weight", None)
         if weight is None:

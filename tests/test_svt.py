@@ -92,14 +92,17 @@ class Literal:
             return scale[b, t, 0]
         return scale[b, head // (self.spec.n_heads // scale.shape[1]), t, 0]
 
+    def inputs(self, layer):
+        return self.value("ln1.hook_out", layer)
+
     def slices(self, b, layer, head, i, j):
         U, S, V = self.omega(layer, head, j - i)
-        x = self.value("ln1.hook_out", layer)[b]
+        x = self.inputs(layer)[b]
         xi, xj = np.append(x[i], 1.0), np.append(x[j], 1.0)
         terms = [xi @ U[:, k] * S[k] * (V[:, k] @ xj) for k in range(len(S))]
         total = sum(terms)
         scale = self.norm_scale("q", b, layer, head, i) * self.norm_scale("k", b, layer, head, j)
-        expected = self.value("attn.hook_attn_scores", layer)[b, head, i, j] * self.spec.d_head**0.5
+        expected = self.value("attn.hook_attn_scores", layer)[b, head, i, j] / self.spec.score_scale
         assert abs(total / scale - expected) < 1e-3 * max(1.0, abs(expected))
         chosen, running = [], 0.0
         for k in sorted(range(len(S)), key=lambda k: -terms[k]):

@@ -159,7 +159,7 @@ def transfer_figure(ablation: pd.DataFrame, step: int) -> Figure:
             ax.text(
                 j,
                 i,
-                f"{v:.2f}"[-3:] if v < 1 else "1",
+                f"{v:.2f}".removeprefix("0").replace("1.00", "1"),
                 ha="center",
                 va="center",
                 fontsize=7,

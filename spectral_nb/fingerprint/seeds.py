@@ -93,7 +93,8 @@ def make_seed_tables(
     }
     made["ablation"] = _ablations(folders, made["trajectory"], made["heads"])
     if apart:
-        made["without"] = pd.concat([watched(f)[0] for f in apart], ignore_index=True)
+        whole = pd.concat([watched(f)[0] for f in apart], ignore_index=True)
+        made["without"] = whole[whole.metric.isin(("pr", "pr_fixed", "accuracy"))]  # what events are told from
     for name, table in made.items():
         small = {c: np.float32 for c in ("value", "gap") if c in table}
         write_table(table.astype(small), Path(out or tables_dir()) / f"{known.prefix}{name}.parquet")

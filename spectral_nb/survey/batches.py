@@ -41,6 +41,16 @@ def natural_source(name: str, cfg) -> str | Path | None:
     return None
 
 # %% ../../nbs/survey/batches.ipynb #batches-006
+def vocabulary_ids(vocabulary: str) -> range | str | None:
+    "A config's `vocabulary` ('', 'all' or a range such as '100:10000') as `synthetic_bigrams` takes it."
+    if vocabulary in ("", "all"):
+        return vocabulary or None
+    low, _, high = vocabulary.partition(":")
+    if not (low.isdigit() and high.isdigit()):
+        raise ValueError(f"vocabulary={vocabulary!r} must be '', 'all' or a range such as '100:10000'")
+    return range(int(low), int(high))
+
+
 LARGE = 100  # heads: beyond it the defaults are the smaller ones
 
 
@@ -62,7 +72,7 @@ def make_batches(name: str, model, cfg) -> dict:
     n, n_ablation = n_prompts_of(cfg, spec)
     common = dict(length=length_of(cfg, spec), prepend_bos=None if cfg.prepend_bos else False)
     draws = ((n, cfg.seed), (n_ablation, cfg.seed + 1))
-    ids = cfg.token_ids()
+    ids = vocabulary_ids(cfg.vocabulary)
     synthetic = [synthetic_bigrams(model, k, vocabulary=ids, seed=seed, **common) for k, seed in draws]
     found = natural_bigrams(model, natural_source(name, cfg), n + n_ablation, seed=cfg.seed, **common)
     if len(found) < 16:

@@ -22,7 +22,15 @@ from ..models.architectures import ArchSpec
 from ..models.loading import load_model
 from ..models.records import model_info
 from ..prompts.bigrams import synthetic_bigrams
-from .batches import LARGE, length_of, make_batches, model_source, n_prompts_of, usable_revisions
+from spectral_nb.survey.batches import (
+    LARGE,
+    length_of,
+    make_batches,
+    model_source,
+    n_prompts_of,
+    usable_revisions,
+    vocabulary_ids,
+)
 from .classes import capability_survey, class_stability
 from .experts import expert_participation
 from .rankings import matched_k, ranking_table, with_classes
@@ -76,7 +84,7 @@ def ratio_path(name: str, revisions: Sequence[str], cfg) -> np.ndarray:
         model = load_model(model_source(name), r, processing=cfg.processing, dtype=cfg.dtype)
         spec = ArchSpec.from_model(model)
         n = n_prompts_of(cfg, spec)[0]
-        how = dict(length=length_of(cfg, spec), vocabulary=cfg.token_ids(), seed=cfg.seed)
+        how = dict(length=length_of(cfg, spec), vocabulary=vocabulary_ids(cfg.vocabulary), seed=cfg.seed)
         batch = synthetic_bigrams(model, n, prepend_bos=None if cfg.prepend_bos else False, **how)
         out.append(head_participation(model, batch, batch_size=128).numpy())
         del model
