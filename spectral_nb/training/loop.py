@@ -162,8 +162,11 @@ def train(
 ) -> pd.DataFrame:
     """Train, or go on training, in `out_dir`; returns the log: `LOG_COLUMNS`, losses in nats, accuracies 0 to 1.
 
-    `stop_after` ends a call early (as an interruption would). ValueError for a folder of another config and for a loss
-    that is not finite."""
+    `stop_after` ends a call early (as an interruption would). TypeError for a callback without `step(model, step)`,
+    ValueError for a folder of another config and for a loss that is not finite."""
+    for callback in (callbacks := list(callbacks)):
+        if not callable(getattr(callback, "step", None)):
+            raise TypeError(f"callbacks: {callback!r} has no method step(model, step)")
     run = _Run(config, out_dir)
     end = config.steps if stop_after is None else min(config.steps, check_int("stop_after", stop_after, 0))
     pad = run.tokenizer.pad_token_id
