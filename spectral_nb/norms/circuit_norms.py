@@ -7,7 +7,6 @@ __all__ = ['r_norm', 'r_norm_test']
 
 # %% ../../nbs/norms/circuit_norms.ipynb #09-003
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +38,7 @@ def _circuit_mask(norms, heads) -> tuple[Float[np.ndarray, "layer head"], np.nda
 
 # %% ../../nbs/norms/circuit_norms.ipynb #circuit-norms-002
 @checked
-def r_norm(norms: Float[np.ndarray, "n_layers n_heads"], heads: Sequence[tuple[int, int]]) -> float:
+def r_norm(norms: Float[np.ndarray, "n_layers n_heads"], heads) -> float:
     """Mean norm of the circuit's heads over the mean of all others (B05), without unit.
 
     ValueError for a head that does not exist, for an empty circuit and for one that holds every head."""
