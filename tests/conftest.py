@@ -54,6 +54,13 @@ def tiny_hf(architecture: str, seed: int = 0, **changes):
     return model
 
 
+@pytest.fixture(autouse=True)
+def own_figure_style():
+    "A test that sets the figure style (`set_style`) leaves it to no other test of its process."
+    with matplotlib.rc_context():
+        yield
+
+
 @pytest.fixture
 def tiny_model():
     "Function (architecture, processing='folded', seed=0, **config changes) -> bridge."
