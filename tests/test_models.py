@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from conftest import ARCHITECTURES, D_VOCAB, random_tokens, tiny_hf, zoo_names
 
+from spectral_nb.training.config import SHIPPED
 from spectral_nb.models import verification
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.checkpoints import checkpoint_hash
@@ -127,7 +128,7 @@ def test_shipped_models_pass_their_self_check(name, processing, record_property)
 def test_every_shipped_revision_is_whole_and_different(name):
     revisions = list_revisions(name)
     hashes = [checkpoint_hash(name, r) for r in revisions]
-    assert len(set(hashes)) == len(revisions) >= 6
+    assert len(set(hashes)) == len(revisions) >= (6 if name in SHIPPED else 1)  # of a seed its last checkpoint is kept
     steps = list(revision_steps(name).values())
     assert steps == sorted(steps)
 

@@ -146,6 +146,7 @@ def _ts51m() -> TrainConfig:
 
 
 SHIPPED = tuple(c.name for c in [*_story_gpt2(), *_story_rotary()])  # what `make zoo MODEL=all` trains and exports
+EXPORTED = (*SHIPPED, "story-8x16-s42")  # of the seeds of the source's size one final checkpoint is kept
 
 # %% ../../nbs/training/config.ipynb #06-008
 PRESETS = {c.name: c for c in [*_story_gpt2(), *_story_rotary(), *_story_8x16(), _ts51m()]}
