@@ -14,6 +14,7 @@ from spectral_nb.base.intervals import Interval
 from spectral_nb.base.paths import zoo_dir
 from spectral_nb.causal.changes import Changes
 from spectral_nb.causal.set_tests import AblationOptions
+from spectral_nb.tracing.one_prompt import trace_prompt
 from spectral_nb.prompts.tasks import make_batch
 
 
@@ -244,6 +245,8 @@ class Examples:
             set_verdict=dict(effect=Interval(*effects), draw_effects=[0.1, 0.2, 0.3]),
             ablation_test=dict(options=AblationOptions(n_draws=2)), attribute_heads=size,
             trace_prompt=dict(text="When Mary and John went to the shop , John gave a book to", answer=" Mary"),
+            draw_sentence=lambda: dict(found=trace_prompt(self.model,
+                "When Mary and John went to the shop , John gave a book to", " Mary")),
             draw_graph=dict(known=["L0H0"]), trace_flow=lambda: dict(roots=self.traced[1], edges=self.traced[0]),
             write_graph=dict(path=f"{self.folder}/graph.json"), read_graph=lambda: dict(path=self.graph_file()),
             filter_graph=dict(min_count=1), edge_interventions=lambda: dict(edges=self.edges.head(2)),

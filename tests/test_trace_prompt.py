@@ -10,6 +10,7 @@ from spectral_nb.tracing.graphs import communication_edges, trace_graph
 from spectral_nb.tracing.one_prompt import trace_prompt
 from spectral_nb.tracing.paths import in_words, strongest_paths
 from spectral_nb.tracing.recursion import trace_tables
+from spectral_nb.tracing.sentence import draw_sentence, path_links
 from spectral_nb.views.circuit_tables import opening_share
 from spectral_nb.views.trace_command import main
 
@@ -19,6 +20,17 @@ TEXT = "When Mary and John went to the shop , John gave a book to"
 @pytest.fixture(scope="module")
 def found():
     return trace_prompt(load_model("story-neox"), TEXT, " Mary", " John")
+
+
+def test_the_drawing_shows_the_strongest_paths(found):
+    links = path_links(found.paths(200), 12)
+    assert 1 < len(links) <= 12 and (links.carried > 0).all()
+    shown = {t.get_text() for t in draw_sentence(found, max_links=12).texts}
+    assert shown == {*links.component, "Mary"}
+    best = found.paths(1)[0]
+    assert (best.steps[0].component, best.steps[0].position) in set(zip(links.component, links.position))
+    told = links[links.read == "answer"].carried.sum()  # every path goes to the answer once
+    assert 0 < told <= found.firings["weight"].sum() + 1e-6
 
 
 def test_paths_add_up_to_the_roots_and_are_the_strongest(found):

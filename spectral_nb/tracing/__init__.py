@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "reading": ["Readings", "reading_vectors"],
         "recursion": ["trace", "trace_tables"],
         "roots": ["find_roots", "logit_attribution"],
+        "sentence": ["draw_sentence"],
         "sets": ["additivity", "edge_sets", "set_interventions"],
     },
 )
