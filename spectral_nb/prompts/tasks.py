@@ -9,6 +9,7 @@ __all__ = ['make_batch']
 from spectral_nb.base.arguments import checked
 from spectral_nb.base.checks import check_in
 from spectral_nb.prompts.batches import PromptBatch
+from spectral_nb.prompts.knowledge_tasks import facts, greater_than, pronouns
 from spectral_nb.prompts.lookup_tasks import induction, retrieval
 from spectral_nb.prompts.running_text import text
 from spectral_nb.prompts.sentence_tasks import ioi, sva
@@ -20,8 +21,16 @@ ROLES = {  # positions that the prompts of a task have
     "retrieval": ("key", "query", "end"),
     "induction": ("A1", "B1", "A2", "end"),
     "text": ("end",),
+    "greater_than": ("event", "YY", "end"),
+    "pronouns": ("name", "end"),
+    "facts": ("subject", "end"),
 }
-TASKS = {"ioi": ioi, "sva": sva, "retrieval": retrieval, "induction": induction, "text": text}
+STORY_TASKS = {"ioi": ioi, "sva": sva, "retrieval": retrieval, "induction": induction, "text": text}
+TASKS = STORY_TASKS | {
+    "greater_than": greater_than,
+    "pronouns": pronouns,
+    "facts": facts,
+}  # the last: of real text alone
 
 # %% ../../nbs/prompts/tasks.ipynb #04-023-1
 @checked
