@@ -37,14 +37,13 @@ class Readings:
     signal: Float[Tensor, "2 n"]  # sum over the signal set of sqrt(sigma) u.x and of sqrt(sigma) v.x
     n_slices: Int[Tensor, "n"]
 
-# %% ../../nbs/tracing/reading.ipynb #reading-006
-@checked
-def reading_vectors(model: Any, acts: Activations, pairs: Pairs, rule: str = "paper") -> Readings:
-    "Directions that the firings `pairs` (all of one layer) read at their two tokens."
-    layer = int(pairs.layer[0])
+# %% ../../nbs/tracing/reading.ipynb #reading-006a
+def masked_readings(
+    model: Any, acts: Activations, pairs: Pairs, coordinates: tuple[Tensor, Tensor, Tensor], mask: Bool[Tensor, "n sv"]
+) -> Readings:
+    "Directions that the firings `pairs` (all of one layer) read along the slices of `mask`."
+    (a, sigma, b), layer = coordinates, int(pairs.layer[0])
     i = acts.index(layer)
-    a, sigma, b = slice_coordinates(model, acts, pairs)
-    mask = slice_mask(a * sigma * b, sigma, rule)
     weight = torch.where(a < 0, -1.0, 1.0) * sigma.sqrt() * mask
     signal = torch.stack([(weight * a).sum(-1), (weight * b).sum(-1)])
     scale = torch.stack([acts.ln_scale[i, pairs.prompt, pos] for pos in (pairs.q_pos, pairs.k_pos)])
@@ -62,3 +61,10 @@ def reading_vectors(model: Any, acts: Activations, pairs: Pairs, rule: str = "pa
 
     vectors = combine_vectors(model, pairs, *(weight / scale[..., None]), directions=read)
     return Readings(vectors[..., :-1], vectors[..., -1], signal, mask.sum(-1))
+
+# %% ../../nbs/tracing/reading.ipynb #reading-006
+@checked
+def reading_vectors(model: Any, acts: Activations, pairs: Pairs, rule: str = "paper") -> Readings:
+    "Directions that the firings `pairs` (all of one layer) read at their two tokens."
+    a, sigma, b = slice_coordinates(model, acts, pairs)
+    return masked_readings(model, acts, pairs, (a, sigma, b), slice_mask(a * sigma * b, sigma, rule))
