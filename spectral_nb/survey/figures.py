@@ -12,6 +12,7 @@ from textwrap import wrap
 import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..base.checks import head_name
@@ -56,6 +57,16 @@ def _two_columns(surveyed: Sequence[ModelSurvey], height: float, **options):
     return fig, axes
 
 
+def _name_heads(ax, heads: pd.DataFrame, near: float) -> None:
+    "Names beside the points, one above the other where ranks are `near` each other."
+    level, last = 0, -np.inf
+    for h in heads.sort_values("rank").itertuples():
+        level, last = (level + 1 if h.rank - last < near else 0), h.rank
+        line = dict(arrowstyle="-", color="#999999", linewidth=0.6) if level else None
+        place = dict(xytext=(6, 5 + 11 * level), textcoords="offset points", arrowprops=line)
+        ax.annotate(head_name(h.layer, h.head), (h.rank, h.score), fontsize=8, **place)
+
+
 def plot_rankings(surveyed: Sequence[ModelSurvey]):
     "PR (integral, where there are checkpoints) of each model's heads over rank, by class; screened heads named."
     fig, axes = _two_columns(surveyed, 2.3)
@@ -64,14 +75,16 @@ def plot_rankings(surveyed: Sequence[ModelSurvey]):
         ax.plot(c["rank"], c["score"], color="#999999", linewidth=1, zorder=1)
         for name, part in c.groupby("class"):
             ax.scatter(part["rank"], part["score"], color=CLASS_COLORS[name], s=14, zorder=2 + (name != "unclassified"))
-        for h in c[[(r.layer, r.head) in s.screened for r in c.itertuples()]].itertuples():
-            at = (h.rank, h.score)
-            ax.annotate(head_name(h.layer, h.head), at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        _name_heads(ax, c[[(r.layer, r.head) in s.screened for r in c.itertuples()]], 0.15 * len(c))
         ax.axvline(matched_k(len(c)) + 0.5, color="#999999", linestyle=":", linewidth=1.2)
         ax.set_title(literal(s.name), fontsize=9)
         ax.set_ylabel(s.ranked_by)
     for ax in axes[-1]:
         ax.set_xlabel("rank")
+    seen = {name for s in surveyed for name in s.classed["class"]}
+    look = dict(marker="o", linestyle="")
+    marks = [Line2D([], [], color=c, label=n.replace("_", " "), **look) for n, c in CLASS_COLORS.items() if n in seen]
+    fig.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8)
     return fig
 
 # %% ../../nbs/survey/figures.ipynb #figures-005
