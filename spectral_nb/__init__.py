@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "tracing",
         "fingerprint",
         "survey",
+        "signals",
         "sweeps",
         "views",
         "norm_growth",
@@ -30,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "svt",
         "pr_fingerprint",
         "cross_architecture",
+        "which_signal",
     ],
     submod_attrs={
         "models": ["ArchSpec", "head_weights", "list_models", "list_revisions", "load_model"],

@@ -242,6 +242,7 @@ class Examples:
             single_heads=dict(heads=["L0H0"]),
             faithfulness=lambda: dict(ranking=[(layer, h) for h in range(4) for layer in range(3)],
                 sizes=(0.0, 0.5, 1.0)),
+            plot_faithfulness=lambda: dict(results={"one": self.faithful}),
             set_verdict=dict(effect=Interval(*effects), draw_effects=[0.1, 0.2, 0.3]),
             ablation_test=dict(options=AblationOptions(n_draws=2)), attribute_heads=size,
             trace_prompt=dict(text="When Mary and John went to the shop , John gave a book to", answer=" Mary"),
@@ -257,6 +258,12 @@ class Examples:
                 revisions=["step210"], batch=self.more_prompts),
             load_seed_tables=dict(heavy=True), summarise_seeds=dict(heavy=True),
         )  # fmt: skip
+
+    @cached_property
+    def faithful(self):
+        from spectral_nb.causal.rankings import faithfulness
+
+        return faithfulness(self.model, self.batch, list(np.ndindex(3, 4)), sizes=(0.0, 0.5, 1.0))
 
     @property
     def one_set(self) -> dict:

@@ -93,7 +93,7 @@ NOT_DRIVEN = {
     "attention.pairs.Pairs",
     "attention.slices.SliceData",
 }
-SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture")
+SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture", "which_signal")
 DRIVEN = (
     *"base prompts models attention causal training norms tracing fingerprint survey sweeps views".split(),
     *SECTIONS,

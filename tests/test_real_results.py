@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from spectral_nb import cross_architecture, norm_growth, pr_fingerprint, sparse_attention
+from spectral_nb import cross_architecture, norm_growth, pr_fingerprint, sparse_attention, which_signal
 from spectral_nb.base.paths import repo_root
 from spectral_nb.base.real_model import REAL_MODEL, real_file, real_part
 from spectral_nb.fingerprint.kept import kept_ratios
@@ -15,13 +15,14 @@ from spectral_nb.survey.kept import kept_surveys
 from spectral_nb.sweeps.notebook import parameters_cell, read_notebook
 from spectral_nb.sweeps.spec import expand, load_spec
 
-SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture")
-NOTEBOOKS = {p.stem.split("_", 1)[1]: p for p in sorted((repo_root() / "nbs").glob("1[0-4]_*.ipynb"))}
+SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture", "which_signal")
+NOTEBOOKS = {p.stem.split("_", 1)[1]: p for p in sorted((repo_root() / "nbs").glob("1[0-5]_*.ipynb"))}
 CONFIGS = {
     "norm_growth": norm_growth.NormGrowthConfig,
     "sparse_attention": sparse_attention.SparseAttentionConfig,
     "pr_fingerprint": pr_fingerprint.FingerprintConfig,
     "cross_architecture": cross_architecture.CrossArchitectureConfig,
+    "which_signal": which_signal.WhichSignalConfig,
 }
 
 

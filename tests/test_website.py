@@ -19,6 +19,7 @@ PAGES = [
     "12_svt.html",
     "13_pr_fingerprint.html",
     "14_cross_architecture.html",
+    "15_which_signal.html",
     "attention/omega.html",
     "base/index.html",
     "views/circuits.html",

@@ -15,6 +15,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "attribution": ["attribute_heads"],
         "changed_runs": ["run_changed"],
         "changes": ["Changes"],
+        "edge_attribution": ["attribute_edges"],
+        "figures": ["plot_faithfulness"],
         "head_effects": ["single_heads"],
         "matched_sets": ["matched_random"],
         "metrics": ["evaluate"],

@@ -50,7 +50,7 @@ def gate_gradients(
     return gradient, values.detach()
 
 # %% ../../nbs/causal/attribution.ipynb #attribution-007
-def _stand_ins(model: Any, part: Any, mode: str, reference: Any, seed: int) -> list[Tensor | float]:
+def stand_ins_of(model: Any, part: Any, mode: str, reference: Any, seed: int) -> list[Tensor | float]:
     "What takes the place of every layer's head outputs under a mode of ablation."
     n_layers, heads = model.cfg.n_layers, list(range(model.cfg.n_heads))
     like = torch.zeros(*part.tokens.shape, len(heads), model.cfg.d_head, device=model.cfg.device)
@@ -85,7 +85,7 @@ def attribute_heads(
     levels = [1.0] if method == "atp" else [(i + 0.5) / n for i in range(n)]
     parts = []
     for part in progress(list(batch.batches(check_int("batch_size", batch_size, 1))), desc="attribution"):
-        stand_ins = _stand_ins(model, part, mode, reference, 0)
+        stand_ins = stand_ins_of(model, part, mode, reference, 0)
         parts.append(sum(gate_gradients(model, part, metric, stand_ins, level)[0] for level in levels) / n)
     harm = torch.cat(parts).double().cpu().numpy() * (-1.0 if metric == "loss" else 1.0)  # [prompt layer head]
     rows = [(*h, *bootstrap_ci(harm[:, *h], n_resamples=500)) for h in np.ndindex(*harm.shape[1:])]

@@ -17,7 +17,7 @@ from ..base.paths import repo_root
 from ..base.sources import imported_modules, modules  # noqa: F401
 
 # %% ../../nbs/dev/house.ipynb #house-005
-SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture")
+SECTIONS = ("norm_growth", "sparse_attention", "svt", "pr_fingerprint", "cross_architecture", "which_signal")
 LAYERS = (
     ("base",),
     ("prompts",),
@@ -29,6 +29,7 @@ LAYERS = (
     ("tracing",),
     ("fingerprint",),
     ("survey",),
+    ("signals",),
     SECTIONS,
     ("sweeps",),
     ("views",),

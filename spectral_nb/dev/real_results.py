@@ -16,7 +16,15 @@ from ..base.files import atomic_path, read_json, read_table, write_table
 from ..base.real_model import real_file
 
 # %% ../../nbs/dev/real_results.ipynb #keep-004
-KEPT = ("claims", "table", "heads", "ablation")  # tables of a run that are kept, where it has them
+KEPT = (
+    "claims",
+    "table",
+    "heads",
+    "ablation",
+    "scores",
+    "costs",
+    "curves",
+)  # tables of a run that are kept, where it has them
 _RUNS = "runs"  # seconds and memory of every section
 
 

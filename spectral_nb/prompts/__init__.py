@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "batches": ["PromptBatch"],
         "bigrams": ["natural_bigrams", "synthetic_bigrams"],
+        "counterfactuals": ["counterfactual"],
         "grammar": ["story_tokenizer"],
         "lookup_tasks": ["induction", "retrieval"],
         "own_prompts": ["from_file", "from_prompts"],

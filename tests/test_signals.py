@@ -1,0 +1,143 @@
+"Which signal finds the circuit: circuits alone, counterfactuals, the rankings on planted circuits, areas by hand."
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from test_causal import toy_batch
+
+from spectral_nb.causal.ablation import ablated_values, reference_outputs
+from spectral_nb.causal.attribution import attribute_heads
+from spectral_nb.causal.circuit_runs import circuit_values, run_headless
+from spectral_nb.causal.metrics import evaluate, read_hooks, read_tensor
+from spectral_nb.models.planted_circuits import PLANTED, planted
+from spectral_nb.prompts.counterfactuals import counterfactual
+from spectral_nb.prompts.grammar import story_tokenizer
+from spectral_nb.prompts.tasks import make_batch
+from spectral_nb.signals.curves import Judge, areas, over_batches
+from spectral_nb.signals.registry import SIGNALS, ordered, rank_by
+from spectral_nb.signals.screens import Screen, counted
+
+CIRCUITS = ([], [(1, 1)], [(0, 1)], [(0, 0), (0, 3), (1, 2)])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_circuit_alone_is_the_model_with_all_else_ablated(tiny_model, architecture):
+    model, batch = tiny_model(architecture), toy_batch(8)
+    reference, every = reference_outputs(model, batch), list(np.ndindex(2, 4))
+    headless = run_headless(model, batch, list(reference.mean))
+    for circuit in CIRCUITS:
+        rest = [h for h in every if h not in circuit]
+        whole = ablated_values(model, batch, rest, "logit_diff", mode="mean", reference=reference)
+        np.testing.assert_allclose(circuit_values(model, headless, circuit), whole, atol=1e-4)
+    whole = circuit_values(model, headless, every)
+    np.testing.assert_allclose(whole, evaluate(model, batch, "logit_diff"), atol=1e-4)
+
+
+def test_a_circuit_with_outputs_of_other_prompts(tiny_model):
+    "Stand-ins of every prompt and token: the hook puts them where whole passes have them."
+    model, batch, other = tiny_model("llama"), toy_batch(8), toy_batch(8, seed=5)
+    z = reference_outputs(model, other).z
+    headless = run_headless(model, batch, list(z))
+    for circuit in CIRCUITS[1:]:
+
+        def replace(value, hook, layer):
+            out = z[layer].clone()
+            mine = [h for a, h in circuit if a == layer]
+            out[:, :, mine] = value[:, :, mine]
+            return out
+
+        hooks = [(f"blocks.{a}.attn.hook_z", lambda v, hook, a=a: replace(v, hook, a)) for a in range(2)]
+        with model.hooks(fwd_hooks=hooks):
+            whole = evaluate(model, batch, "logit_diff")
+        np.testing.assert_allclose(circuit_values(model, headless, circuit), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["ioi", "sva", "retrieval", "induction"])
+def test_counterfactuals_change_what_decides_and_nothing_else(task):
+    batch = make_batch(task, story_tokenizer(), 40, seed=2)
+    other, roles = counterfactual(batch, 1), {"ioi": ("IO", "S1", "S2"), "sva": ("subject",), "retrieval": ("key",)}
+    changed = batch.tokens != other.tokens
+    expected = torch.zeros_like(changed)
+    for role in roles.get(task, ("B1",)):
+        expected[torch.arange(40), batch.at(role)] = True
+    assert torch.equal(changed, expected)
+    if task == "ioi":
+        names = torch.stack([other.tokens[torch.arange(40), other.at(r)] for r in roles["ioi"]], 1)
+        assert all(len(set(row)) == 3 for row in names.tolist())
+    with pytest.raises(ValueError, match="batch.task"):
+        counterfactual(make_batch("text", story_tokenizer(), 4))
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("signal", ["exact", "atp_ig", "flow_qkv"])
+def test_planted_heads_come_first(name, signal):
+    "The ceiling: a ranking that does not find a circuit set by hand is wrong."
+    p = planted(name, 24)
+    wanted = set(p.heads) - set(p.distractors)
+    scores, _ = rank_by(signal, Screen(p.model, p.batch))
+    assert set(ordered(scores)[: len(wanted)]) == wanted
+    curve = Judge(Screen(p.model, planted(name, 16, seed=1).batch)).curve(scores, (len(wanted) / scores.size,))
+    assert curve.f.tolist()[0] == 0 and curve.f.tolist()[-1] == 1
+    assert curve[curve.n_heads == len(wanted)].f.item() == pytest.approx(1, abs=0.05)
+
+
+def test_curves_end_at_0_and_1_and_areas_are_trapezoids(tiny_model):
+    model, batch = tiny_model("gpt2"), toy_batch(12)
+    curve = Judge(Screen(model, batch)).curve(np.arange(8.0).reshape(2, 4), (0.25, 0.5))
+    assert curve.f.iloc[0] == 0 and curve.f.iloc[-1] == 1 and curve.n_heads.tolist() == [0, 2, 4, 8]
+    found = areas(curve.assign(ranking="x"))
+    assert found.cpr.item() == pytest.approx(np.trapezoid(curve.f, [0, 0.25, 0.5, 1]))
+    assert found.cmd.item() == pytest.approx(np.trapezoid(np.abs(1 - curve.f), [0, 0.25, 0.5, 1]))
+
+
+def test_the_interval_over_batches_is_students():
+    low, high = over_batches([0.0, 1.0]).low, over_batches([0.0, 1.0]).high
+    assert (low, high) == pytest.approx((0.5 - 12.706 / 2, 0.5 + 12.706 / 2), rel=1e-3)
+    assert np.isinf(over_batches([1.0]).low)
+
+
+def test_every_signal_gives_every_head_a_number():
+    p = planted("inhibition", 12)
+    for name, signal in SIGNALS.items():
+        if name not in ("selectivity",):  # its place of the answer is a role of the four tasks
+            scores, cost = rank_by(name, Screen(p.model, p.batch, first=p.model))
+            assert scores.shape == (3, p.model.cfg.n_heads) and np.isfinite(scores).all()
+            assert (cost.backward > 0) == ("gradient" in signal.needs)
+    with pytest.raises(ValueError, match="first checkpoint"):
+        rank_by("participation_rise", Screen(p.model, p.batch))
+
+
+def test_passes_are_counted(tiny_model):
+    model, batch = tiny_model("gpt2"), toy_batch(6)
+    with counted(model, len(batch)) as cost:
+        evaluate(model, batch, "logit_diff")
+        evaluate(model, batch.subset(slice(0, 3)), "logit_diff")
+    assert cost.forward == 1.5 and cost.backward == 0
+
+
+def test_integrated_gradients_are_captums(tiny_model):
+    "The same gates handed to captum as inputs, from 0 (all replaced) to 1, at the midpoints of as many steps."
+    attr = pytest.importorskip("captum.attr")
+    model, batch = tiny_model("llama"), toy_batch(4)
+    mean = reference_outputs(model, batch).mean
+
+    def metric(gates):
+        def gate(z, hook, layer):
+            return mean[layer] + gates[:, layer, None, :, None] * (z - mean[layer])
+
+        hooks = [(f"blocks.{i}.attn.hook_z", lambda z, hook, i=i: gate(z, hook, i)) for i in range(2)]
+        part = batch.subset(torch.arange(len(gates)) % len(batch))
+        with model.hooks(fwd_hooks=[*hooks, *read_hooks(part, "logit_diff")]):
+            return read_tensor(model(part.tokens), part, "logit_diff")
+
+    integrated = attr.IntegratedGradients(metric, multiply_by_inputs=False)
+    theirs = integrated.attribute(torch.ones(4, 2, 4), torch.zeros(4, 2, 4), n_steps=8, method="riemann_middle")
+    ours = attribute_heads(model, batch, "atp-ig", steps=8)["effect"].to_numpy().reshape(2, 4)
+    np.testing.assert_allclose(ours, theirs.detach().mean(0), atol=1e-5)
+
+
+def test_a_table_of_areas_keeps_its_keys():
+    curves = pd.DataFrame(dict(task="a", ranking=["x", "x", "y", "y"], share=[0, 1] * 2, n_heads=0, metric=0.0, f=1.0))
+    assert areas(curves)[["task", "ranking"]].to_numpy().tolist() == [["a", "x"], ["a", "y"]]
