@@ -22,7 +22,7 @@ from .signals.screens import REPLACEMENTS
 class WhichSignalConfig:
     "What is compared; refuses what cannot be run."
 
-    model_name: str = "story-gpt2-s42 story-llama"
+    model_name: str = "story-llama"
     tasks: str = ""  # with spaces; "": all four, or ioi alone above 100 heads
     replacements: str = "mean counterfactual"
     rankings: str = ""  # names of `signals.registry`, with spaces; "": all

@@ -141,3 +141,19 @@ def test_integrated_gradients_are_captums(tiny_model):
 def test_a_table_of_areas_keeps_its_keys():
     curves = pd.DataFrame(dict(task="a", ranking=["x", "x", "y", "y"], share=[0, 1] * 2, n_heads=0, metric=0.0, f=1.0))
     assert areas(curves)[["task", "ranking"]].to_numpy().tolist() == [["a", "x"], ["a", "y"]]
+
+
+def test_a_screened_circuit_is_the_exact_one_among_the_heads_that_were_tried(monkeypatch):
+    "Only the heads with the largest estimates are ablated; what is found there is what exact ablation finds there."
+    from spectral_nb.models.loading import load_model
+    from spectral_nb.norms import circuits
+
+    model = load_model("story-gpt2-s42")
+    exact = circuits.find_circuit(model, "retrieval", 32, exact=True)
+    monkeypatch.setattr(circuits, "SCREENED", 5)
+    screened = circuits.find_circuit(model, "retrieval", 32, exact=False)
+    tried = np.isfinite(screened.effects)
+    assert tried.sum() == 5 and np.isfinite(exact.effects).all()
+    assert set(screened.heads) == {h for h in exact.heads if tried[h]} and screened.heads
+    np.testing.assert_allclose(screened.effects[tried], exact.effects[tried], atol=1e-4)
+    assert "5 screened" in screened.source and exact.source == "ablation"
