@@ -10,7 +10,7 @@ from conftest import tiny_hf
 from safetensors.torch import load_file, save_file
 
 from spectral_nb.models.architectures import ArchSpec
-from spectral_nb.models.checkpoints import checkpoint_hash, resolve
+from spectral_nb.models.checkpoints import checkpoint_hash
 from spectral_nb.models.heads import rotation
 from spectral_nb.models.loading import from_hf, load_model, self_check
 from spectral_nb.models.records import model_info
@@ -285,50 +285,3 @@ def test_self_check_sees_a_fault_beyond_24_tokens(tmp_path, monkeypatch):
 def test_neox_without_attention_bias_is_refused():
     with pytest.raises(ValueError, match="attention_bias=False"):
         ArchSpec.from_config(tiny_hf("gpt_neox", attention_bias=False).config)
-
-
-# no code from a checkpoint
-
-
-@pytest.fixture
-def folder_with_code(tmp_path):
-    "A folder that would write a marker file if its code ran."
-    marker, code = tmp_path / "marker", tmp_path / "model"
-    code.mkdir()
-    (code / "evil.py").write_text(
-        f"open({str(marker)!r}, 'w').close()\nfrom transformers import PretrainedConfig, PreTrainedModel\n"
-        "class C(PretrainedConfig):\n    model_type = 'evil'\nclass M(PreTrainedModel):\n    config_class = C\n"
-    )
-    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
-    (code / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
-    (code / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": auto}))
-    save_file({"a": torch.ones(2)}, code / "model.safetensors", metadata={"format": "pt"})
-    return code, marker
-
-
-def entry_points():
-    from spectral_nb.models.integrity import revision_hashes
-    from spectral_nb.sweeps.plan import model_hashes
-
-    return {
-        "load_model": load_model,
-        "self_check": self_check,
-        "weight_norms": weight_norms,
-        "list_revisions": list_revisions,
-        "checkpoint_hash": checkpoint_hash,
-        "revision_hashes": revision_hashes,
-        "resolve": resolve,
-        "sweep plan": lambda folder: model_hashes({"m": str(folder)}, {"m": ()}, folder.parent),
-    }
-
-
-@pytest.mark.parametrize("entry", entry_points())
-def test_no_entry_point_runs_code_or_asks(entry, folder_with_code, monkeypatch):
-    code, marker = folder_with_code
-    monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("a prompt was shown"))
-    monkeypatch.setattr("sys.stdin", None)
-    try:
-        entry_points()[entry](code)
-    except ValueError as e:
-        assert "evil" in str(e) or "not supported" in str(e) or "cannot be read" in str(e)
-    assert not marker.exists()

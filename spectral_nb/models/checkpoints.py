@@ -12,6 +12,7 @@ from typing import Any
 
 from ..base.arguments import checked
 from ..base.checks import unknown_name_error
+from ..base.files import read_json
 from ..base.paths import inside, zoo_dir
 from ..base.runs import stable_hash
 from .architectures import ArchSpec
@@ -166,11 +167,32 @@ def checkpoint_folder(source: Source, weights: bool = True) -> Path:
     return source.folder if source.folder is not None else _download(source, weights)
 
 # %% ../../nbs/models/checkpoints.ipynb #checkpoints-012
+def _unknown_config(folder: str) -> Any:
+    "Attributes of a family that transformers does not know either, without the code that its files may name; or None."
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    try:
+        given = read_json(Path(folder) / "config.json")
+    except ValueError:
+        return None  # transformers says what is wrong
+    family = given.get("model_type") if isinstance(given, dict) else None
+    if not isinstance(family, str) or family in CONFIG_MAPPING:
+        return None
+    config = PretrainedConfig.from_dict(given)
+    config.model_type = family
+    return config
+
+
 def read_config(source: Source, trust_remote_code: bool = False) -> Any:
     "Hugging Face configuration of a source, without its weights; ValueError for a family that is not supported."
     from transformers import AutoConfig
 
     folder = str(checkpoint_folder(source, weights=False))
+    try:
+        if not trust_remote_code and (unknown := _unknown_config(folder)) is not None:
+            refuse_unsupported(unknown)
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"config.json of {folder!r} cannot be read: {e}") from e
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:

@@ -67,24 +67,32 @@ def _save(model: Any, config: Any, out: Path) -> None:
 
 
 def _convert(file: Path, out: Path) -> None:
-    "Write the model of a GGUF file in Hugging Face format: float32 weights, configuration, tokenizer."
+    """Write the model of a GGUF file in Hugging Face format: float32 weights, configuration, tokenizer.
+
+    It is read through a link in a folder of its own: transformers would read what lies beside it, too."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from spectral_nb.models.refusals import refuse_unsupported
 
-    extra = dict(gguf_file=file.name, trust_remote_code=False)
+    alone, extra = out / "alone", dict(gguf_file="model.gguf", trust_remote_code=False)
+    alone.mkdir()
+    (alone / "model.gguf").symlink_to(file)
     try:
-        config = AutoConfig.from_pretrained(str(file.parent), **extra)
+        config = AutoConfig.from_pretrained(str(alone), **extra)
     except Exception as e:
         raise ValueError(f"GGUF file {str(file)!r} cannot be read: {type(e).__name__}: {e}") from e
     refuse_unsupported(config)
     model, report = AutoModelForCausalLM.from_pretrained(
-        str(file.parent), config=config, dtype=torch.float32, output_loading_info=True, **extra
+        str(alone), config=config, dtype=torch.float32, output_loading_info=True, **extra
     )
     check_loading(str(file), report)
     _save(model, config, out)
-    AutoTokenizer.from_pretrained(str(file.parent), **extra).save_pretrained(out)
+    try:
+        AutoTokenizer.from_pretrained(str(alone), **extra).save_pretrained(out)
+    except Exception as e:
+        raise ValueError(f"tokenizer of {str(file)!r} cannot be read: {type(e).__name__}: {e}") from e
+    shutil.rmtree(alone)  # the link
 
 # %% ../../nbs/models/gguf_files.ipynb #gguf_files-010
 def gguf_folder(file: str | Path) -> Path:

@@ -41,6 +41,7 @@ _RECOGNISED = {  # attribute -> feature
     "sliding_window": "windows",
     "layer_types": "kinds of layers",
     "rope_parameters": "rotary positions",
+    "rope_theta": "rotary positions",
     "partial_rotary_factor": "partly rotary positions",
     "attn_logit_softcapping": "soft-cap on scores",
     "final_logit_softcapping": "soft-cap on logits",
@@ -58,7 +59,7 @@ _RECOGNISED = {  # attribute -> feature
 _PLAIN = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim hidden_act
 max_position_embeddings initializer_range use_cache bos_token_id eos_token_id pad_token_id tie_word_embeddings
 attention_dropout mlp_bias hidden_dropout pretraining_tp model_type transformers_version n_embd n_layer
-n_head""".split()
+n_head auto_map torch_dtype""".split()  # no feature of attention
 
 
 def describe_features(config: Any) -> str:
