@@ -41,7 +41,7 @@ def gemma(gguf):
 
 @pytest.fixture(scope="module")
 def batch(gemma):
-    return from_prompts(gemma, PROMPTS, answer=" Mary", wrong=" John")
+    return from_prompts(gemma, PROMPTS, answer=[" Mary"] * 2, wrong=[" John"] * 2)
 
 
 def test_it_is_read_as_it_is(gemma):

@@ -62,10 +62,12 @@ class Literal:
         with torch.no_grad():
             _, self.cache = model.run_with_cache(batch.tokens)
         self.weights = [head_weights(model, layer) for layer in range(self.spec.n_layers)]
-        self.svd, self.seen, self.edges = {}, set(), {}
+        self.svd, self.values, self.seen, self.edges = {}, {}, set(), {}
 
     def value(self, name, layer):
-        return self.cache[f"blocks.{layer}.{name}"].double().numpy()
+        if (name, layer) not in self.values:
+            self.values[name, layer] = self.cache[f"blocks.{layer}.{name}"].double().numpy()
+        return self.values[name, layer]
 
     def omega(self, layer, head, offset):
         key = (layer, head, offset if self.spec.positions == "rotary" else 0)

@@ -55,6 +55,12 @@ def inside(folder: Path, name: str, what: str) -> Path:
     return folder / name
 
 # %% ../../nbs/base/paths.ipynb #p-named
+def names_a_path(text: str | Path) -> bool:
+    "Whether a text could name a file at all: no NUL, no part over 255 bytes, 4000 bytes together."
+    parts = str(text).encode("utf-8", "replace").split(b"/")
+    return "\0" not in str(text) and max(map(len, parts)) < 256 and sum(map(len, parts)) < 4000
+
+
 def named_file(name: str | Path) -> Path:
     "The file that a parameter names: as seen from here, else from the repository, wherever a notebook runs."
     return Path(name) if Path(name).is_file() else repo_root() / name

@@ -22,7 +22,7 @@ import pandas as pd
 from .arguments import checked
 from .checks import check_int
 from .files import atomic_path, write_json, write_table
-from .paths import named_file, runs_dir
+from .paths import named_file, names_a_path, runs_dir
 
 # %% ../../nbs/base/runs.ipynb #00-014
 @checked
@@ -65,8 +65,8 @@ def code_version(length: int = 12) -> str:
 # %% ../../nbs/base/runs.ipynb #r-files
 def file_contents(params: dict) -> dict[str, str]:
     "`{parameter: SHA-256}` of the parameters whose value is the path of a file, as `named_file` finds it."
-    named = {k: v for k, v in params.items() if isinstance(v, (str, Path)) and 0 < len(str(v)) < 1000}
-    found = {k: named_file(v) for k, v in named.items() if "\0" not in str(v)}
+    named = {k: v for k, v in params.items() if isinstance(v, (str, Path)) and str(v)}
+    found = {k: named_file(v) for k, v in named.items() if names_a_path(v)}
     return {k: hashlib.sha256(p.read_bytes()).hexdigest() for k, p in found.items() if p.is_file()}
 
 # %% ../../nbs/base/runs.ipynb #r-id

@@ -17,7 +17,7 @@ from typing import Any, Literal, Optional
 
 from ..base.kinds import hold, kinds_of
 from ..base.checks import unknown_name_error
-from ..base.paths import repo_root
+from ..base.paths import names_a_path, repo_root
 from ..base.sources import parse
 
 # %% ../../nbs/sweeps/notebook.ipynb #notebook-004
@@ -25,7 +25,7 @@ def find_notebook(name: str | Path, near: Path | None = None) -> Path:
     "A notebook by path or name: beside `near` (the sweep's file), in the working directory, in the repository's `nbs`."
     file = Path(name) if Path(name).suffix == ".ipynb" else Path(f"{name}.ipynb")
     for folder in [*([near] if near else []), Path.cwd(), repo_root() / "nbs", repo_root()]:
-        if (folder / file).is_file():
+        if names_a_path(file) and (folder / file).is_file():
             return (folder / file).resolve()
     raise FileNotFoundError(
         unknown_name_error("notebook", name, sorted(p.name for p in repo_root().glob("nbs/*.ipynb")))

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..base.paths import reference_dir, repo_root
+from ..base.paths import names_a_path, reference_dir, repo_root
 from ..base.runs import run_id, stable_hash
 from ..base.sources import code_stamp
 from ..models.checkpoints import checkpoint_hash, file_sha256
@@ -76,7 +76,7 @@ _MODEL_FILES = ("config.json", "*/config.json", "*.gguf")
 
 def locate(word: str, folder: Path) -> Path | None:
     "The file or folder that a word names, as seen from `folder`; a folder must be a path or hold a model."
-    if len(word) > 1000 or "\0" in word:
+    if not names_a_path(word):
         return None
     for place in [p for p in (folder, repo_root(), reference_dir()) if p is not None]:
         path = place / word

@@ -53,6 +53,8 @@ def read_yaml(path: str | Path) -> dict:
         content = yaml.load(Path(path).read_text(), _Loader)
     except (yaml.YAMLError, ValueError, TypeError) as e:
         raise ValueError(f"sweep file {str(path)!r}: {e}") from e
+    except RecursionError as e:
+        raise ValueError(f"sweep file {str(path)!r} is nested too deeply") from e
     if not isinstance(content, dict):
         raise ValueError(f"sweep file {str(path)!r} must hold a mapping, has {type(content).__name__}")
     return content
@@ -160,6 +162,16 @@ def _folder(given: Any, name: str, out: str | Path | None, problems: list[str]) 
     return repo_root() / str(given) if given else runs_dir() / name
 
 
+def _name_of(given: dict, file: Path | None, problems: list[str]) -> str:
+    "The sweep's name: its key, the file's name, or the notebook's."
+    name = str(given.get("name") or (file.stem if file else Path(str(given.get("notebook"))).stem))
+    if not re.fullmatch(r"[\w+-][\w.+-]{0,99}", name):
+        whence = "" if given.get("name") else " (of the file)" if file else " (of the notebook)"
+        told = "must be fit for a folder: letters, digits and ._+-, the first one no dot"
+        problems.append(f"name={name!r}{whence} {told}")
+    return name
+
+
 def _section_of(notebook: Path) -> str:
     "The module that a notebook exports, or else the name of its file."
     exports = re.findall(
@@ -186,9 +198,7 @@ def load_spec(source: str | Path | dict | SweepSpec, out: str | Path | None = No
     resources, parameters = given.get("resources") or {}, given.get("parameters") or {}
     if not isinstance(parameters, dict):
         problems.append(f"parameters must be a mapping, got {parameters!r}")
-    name = str(given.get("name") or (Path(source).stem if near else Path(str(given.get("notebook"))).stem))
-    if not re.fullmatch(r"[\w+-][\w.+-]{0,99}", name):
-        problems.append(f"name={name!r} must be fit for a folder: letters, digits and ._+-, the first one no dot")
+    name = _name_of(given, Path(source) if near else None, problems)
     lists = {
         k: _list_of(given, k, t, problems) for k, t in dict(grid=dict, points=dict, seeds=int, published=dict).items()
     }
