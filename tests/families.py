@@ -18,6 +18,11 @@ _TWO_BASES = dict(
 )
 
 FAMILIES = {
+    "gpt2": lambda: tf.GPT2Config(**_OLD),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_HF, intermediate_size=64, rotary_pct=0.25),
+    "llama": lambda: tf.LlamaConfig(**_GQA),
+    "olmo": lambda: tf.OlmoConfig(**_GQA),
+    "olmoe": lambda: tf.OlmoeConfig(**_GQA, num_experts=4, num_experts_per_tok=2),
     "gemma3": lambda: tf.Gemma3TextConfig(**_GEMMA, rope_parameters=_TWO_BASES),
     "gemma2": lambda: tf.Gemma2Config(**_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
     "olmo2": lambda: tf.Olmo2Config(**_GQA),

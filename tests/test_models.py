@@ -155,6 +155,12 @@ def test_local_folder_with_revisions(tmp_path):
         (tf.Cohere2Config(), "recognised: .*rotary positions.*; not recognised: "),
         (tf.OlmoConfig(clip_qkv=5.0), "clip_qkv"),
         (tf.GPT2Config(scale_attn_weights=False), "unscaled"),
+        (tf.GPT2Config(scale_attn_by_inverse_layer_idx=True), "scaled by layer"),
+        (tf.OPTConfig(do_layer_norm_before=False), "norms after the residual"),
+        (tf.OPTConfig(word_embed_proj_dim=512), "another width"),
+        (tf.PhiConfig(qk_layernorm=True), "norms with biases on queries and keys"),
+        (tf.MptConfig(attn_config=dict(qk_ln=True)), "qk_ln=True"),
+        (tf.Qwen3MoeConfig(decoder_sparse_step=2), "dense layers"),
         (tf.ViTConfig(), "not supported"),
     ],
 )

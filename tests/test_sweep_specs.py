@@ -77,7 +77,9 @@ def in_place(spec: dict, place) -> dict:
 @example(spec={"notebook": "90_toy.ipynb", "parameters": {"mode": "\0"}})
 def test_a_sound_sweep_means_the_same_as_text(spec, place):
     spec = in_place(spec, place)
-    (place / "sweep.yaml").write_text(yaml.dump(spec, Dumper=Quoted, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    (place / "sweep.yaml").write_text(
+        yaml.dump(spec, Dumper=Quoted, allow_unicode=True, sort_keys=False), encoding="utf-8"
+    )
     given_, read = load_spec(spec), load_spec(place / "sweep.yaml")
     runs = [[(r.run_id, r.parameters) for r in plan_runs(s)] for s in (given_, read)]
     assert runs[0] == runs[1]

@@ -372,6 +372,23 @@ def test_files_and_models_count_by_content_under_any_name(tmp_path):
         model_hashes(dict(m="story-gpt2-s42", r="stpe0"), {"m": ("r",)}, tmp_path)
 
 
+def test_what_a_run_reads_is_in_its_id(tmp_path):
+    "A text beside the notebook, the tokenizer of a local model: under whatever name the parameters give it."
+    model = tmp_path / "model"
+    model.mkdir()
+    files = [tmp_path / "lines.txt", model / "tokenizer.json", model / "model.safetensors", model / "config.json"]
+    for file in files:
+        file.write_text("{}")
+    write_toy(tmp_path, PARAMETERS + f'texts = "lines.txt"\nteachers = ["{model}"]\n')
+    sweep = {"notebook": str(tmp_path / "90_toy.ipynb"), "out": str(tmp_path / "out")}
+    ids = list(sweep_plan(sweep).run_id)
+    for file in files:
+        assert list(sweep_plan(sweep).run_id) == ids[-1:]
+        file.write_text('{"changed": 1}')
+        ids += list(sweep_plan(sweep).run_id)
+    assert len(set(ids)) == 5
+
+
 def test_threads_do_not_oversubscribe():
     for workers in (1, 2, 3, 8):
         assert workers * threads_per_worker(workers) <= max(workers, threads_per_worker(1))

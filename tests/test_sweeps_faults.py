@@ -68,6 +68,17 @@ def test_a_notebook_that_is_edited_runs_as_it_was_planned(toy, tmp_path):
     assert request_of(toy()).run_id != request.run_id
 
 
+def test_a_notebook_edited_while_its_sweep_runs_mixes_nothing(toy, tmp_path):
+    "The first run edits the notebook: all runs are those that were planned, and none counts for the new code."
+    path = str(tmp_path / "90_toy.ipynb")
+    add_cell(tmp_path, f"p = {path!r}\ntext = open(p).read()\nopen(p, 'w').write(text.replace('x * x', 'x * 999'))")
+    sweep = toy(grid={"x": [1, 2, 3]})
+    assert run_sweep(sweep, executor="serial", progress="none").ok
+    results = load_results(tmp_path / "out").query("metric == 'square'")
+    assert list(results.sort_values("x").value) == [1, 4, 9]
+    assert list(sweep_status(sweep).status) == ["pending"] * 3
+
+
 def test_a_module_that_is_edited_meanwhile_leaves_no_record(toy, tmp_path):
     (tmp_path / "helper.py").write_text("y = 1\n")
     add_cell(tmp_path, "import helper; open(helper.__file__, 'a').write('z = 2\\n')")

@@ -1,13 +1,16 @@
 "One prompt, one call; the same from the shell; graphs pruned by flow."
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from spectral_nb.models.loading import load_model
 from spectral_nb.models.planted_circuits import planted
 from spectral_nb.tracing.flow import trace_flow
 from spectral_nb.tracing.graphs import communication_edges, trace_graph
-from spectral_nb.tracing.one_prompt import trace_prompt
+from spectral_nb.tracing.one_prompt import silent_heads, trace_prompt
 from spectral_nb.tracing.paths import in_words, strongest_paths
 from spectral_nb.tracing.recursion import trace_tables
 from spectral_nb.tracing.sentence import draw_sentence, path_links
@@ -44,6 +47,16 @@ def test_paths_add_up_to_the_roots_and_are_the_strongest(found):
 def test_roots_are_not_given_by_hand(found):
     weights = found.firings[found.firings["root"].astype(bool)].groupby(["layer", "head"])["weight"].sum()
     assert set(weights.index) == set(found.roots) and (weights > 0).all()
+
+
+def test_heads_that_are_left_out_are_named(found):
+    "A head that does not fire is no root, however much it adds; the report says so."
+    effect, fired = torch.tensor([[[0.5, 2.0], [3.0, 0.1]]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    assert silent_heads(effect, fired) == (("L1H0", 3.0), ("L0H1", 2.0))
+    assert silent_heads(effect, torch.ones(1, 2, 2)) == ()
+    left_out = replace(found, silent=(("L1H0", 3.0), ("L0H1", 2.0)))
+    assert "not traced: L1H0 +3.00, L0H1 +2.00 add more than any root" in str(left_out)
+    assert "not traced" not in str(replace(found, silent=()))
 
 
 def test_words_name_tokens_heads_and_what_is_read():

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/models/family_table.ipynb #family-table-003
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +31,8 @@ def write_family_table(
     "One row a model and check, in the order of the table of families."
     order = list(FAMILIES)
     rows = [dict(family=families[name], model=name, check=check, error=e) for (name, check), e in errors.items()]
-    table = pd.DataFrame(rows).sort_values("family", key=lambda s: s.map(order.index), kind="stable")
+    against = {name: version(name) for name in ("transformers", "transformer_lens")}
+    table = pd.DataFrame(rows).assign(**against).sort_values("family", key=lambda s: s.map(order.index), kind="stable")
     return write_table(table.reset_index(drop=True), path)
 
 
@@ -40,7 +43,63 @@ def family_table() -> pd.DataFrame:
     return wide.loc[table[["family", "model"]].drop_duplicates().itertuples(index=False, name=None)]
 
 
+def family_summary() -> pd.DataFrame:
+    "One row a family: its largest deviation over all checks, the check that shows it, and how many there were."
+    table = read_table(family_table_path())
+    worst = table.loc[table.groupby("family", sort=False).error.idxmax()]
+    count = table.groupby("family").check.nunique()
+    shown = {
+        "family": "`" + worst.family + "`" + worst.family.map(lambda f: " (raw)" if FAMILIES[f].unfolded else ""),
+        "exact to": worst.error.map(lambda e: f"{e:.0e}"),
+        "in the check of": worst.check,
+        "checks": worst.family.map(count),
+    }
+    return pd.DataFrame(shown).reset_index(drop=True)
+
+
+def checked_against() -> str:
+    "What the table was made with, in words."
+    table = read_table(family_table_path())
+    made = [f"{name} {', '.join(table[name].unique())}" for name in ("transformers", "transformer_lens")]
+    return f"Made by `make families` with {' and '.join(made)}: {table.model.nunique()} models, {len(table)} checks."
+
+# %% ../../nbs/models/family_table.ipynb #family-table-faults
+@dataclass(frozen=True)
+class Fault:
+    "A feature of a supported family that is refused for a fault elsewhere, and the test that reproduces the fault."
+
+    family: str
+    feature: str
+    reason: str
+    shown_by: str  # in tests/test_families.py
+
+
+FAULTS = (
+    Fault(
+        "falcon",
+        "grouped key-value heads",
+        "TransformerLens 4.3 splits its fused weights wrongly",
+        "test_transformer_lens_splits_grouped_falcons_wrongly",
+    ),
+    Fault(
+        "falcon",
+        "ALiBi",
+        "transformers 5's eager attention adds the bias twice",
+        "test_transformers_adds_the_bias_of_falcon_twice",
+    ),
+    Fault(
+        "gpt_bigcode",
+        "a key-value head for each query head",
+        "TransformerLens 4.3 has no reader",
+        "test_transformer_lens_has_no_reader_for_gpt_bigcode_with_all_heads",
+    ),
+    Fault("gpt_oss", "folded weights", FAMILIES["gpt_oss"].unfolded, "test_transformer_lens_folds_gpt_oss_wrongly"),
+)
+
+
 def refusal_table() -> pd.DataFrame:
-    "Families that are refused, with their reason, and those of the table whose weights are used raw."
-    rows = list(REASONS.items()) + [(f"{name}, folded", f.unfolded) for name, f in FAMILIES.items() if f.unfolded]
-    return pd.DataFrame(rows, columns=["family", "reason"]).set_index("family")
+    "What is refused, why, and the test that reproduces a fault elsewhere; families with one reason in one row."
+    rows = [(f"`{f.family}` with {f.feature}", f.reason, f"`{f.shown_by}`") for f in FAULTS]
+    for reason in dict.fromkeys(REASONS.values()):
+        rows.append((", ".join(f"`{name}`" for name, why in REASONS.items() if why == reason), reason, ""))
+    return pd.DataFrame(rows, columns=["refused", "why", "reproduced by"])

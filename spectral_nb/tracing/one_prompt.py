@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ..base.arguments import checked
 from ..base.checks import check_float, check_int
@@ -38,6 +39,7 @@ class PromptTrace:
     answer: str
     wrong: str
     logit_diff: float  # of the answer over the rival; NaN without one
+    silent: tuple[tuple[str, float], ...] = ()  # heads that fire nowhere, with a larger direct effect than any root
 
     def paths(self, n: int = 10) -> list[Path]:
         "The strongest paths."
@@ -59,6 +61,10 @@ def report(t: PromptTrace, n: int = 10) -> str:
     lines = [f"{t.batch.text[0]!r}: {t.answer!r}{over}"]
     if t.wrong:
         lines[0] += f", logit difference {t.logit_diff:.2f}"
+    if t.silent:
+        heads = ", ".join(f"{head} {effect:+.2f}" for head, effect in t.silent[:4])
+        more = f" and {len(t.silent) - 4} more" if len(t.silent) > 4 else ""
+        lines.append(f"not traced: {heads}{more} add more than any root but do not fire: try a lower threshold")
     lines.append(f"roots add {total:.2f} directly; paths by the share of it that they carry to their end:")
     for i, path in enumerate(t.paths(n), 1):
         said = in_words(path, lambda _, position: _token(t.words, position), repr(t.answer))
@@ -72,11 +78,18 @@ def roles_of_tokens(batch: PromptBatch, words: list[str]) -> PromptBatch:
     return replace(batch, positions={**at, "end": batch.at("end")})
 
 
-def chosen_roots(model: Any, batch: PromptBatch, options: TraceOptions, share: float, n: int) -> list[tuple[int, int]]:
+def silent_heads(effect: Tensor, fired: Tensor) -> tuple[tuple[str, float], ...]:
+    "Heads whose direct effect on one prompt exceeds that of every head that fires, though they do not; largest first."
+    effect, fired = effect.double().mean(0), fired.mean(0) > 0
+    above = (effect > effect[fired].max()) & ~fired
+    found = [(f"L{layer}H{head}", float(effect[layer, head])) for layer, head in above.nonzero().tolist()]
+    return tuple(sorted(found, key=lambda item: -item[1]))
+
+
+def chosen_roots(model: Any, effect: Tensor, fired: Tensor, share: float, n: int) -> list[tuple[int, int]]:
     """The fewest heads that fire at the end and together have `share` of such heads' positive effect, `n` at most.
 
     ValueError where none has any."""
-    effect, fired = direct_effects(model, batch, options)
     good = (effect.double() * fired).mean(0).clamp_min(0.0)
     if not good.sum() > 0:
         raise ValueError("answer: no head that fires at the end moves the answer up; is the rival the likelier one?")
@@ -109,8 +122,11 @@ def trace_prompt(
     options = replace(options, values=True)
     words = [model.tokenizer.decode([i]) for i in batch.tokens[0, : int(batch.lengths[0])].tolist()]
     batch = roles_of_tokens(batch, words)
-    roots = chosen_roots(model, batch, options, root_share, max_roots)
+    effect, fired = direct_effects(model, batch, options)
+    roots = chosen_roots(model, effect, fired, root_share, max_roots)
     edges, firings = trace_tables(model, batch, roots, options)
     flow = trace_flow(edges, firings)
     gap = float(evaluate(model, batch, "logit_diff").mean()) if wrong is not None else float("nan")
-    return PromptTrace(batch, roots, flow.edges, firings, flow, words, answer, wrong or "", gap)
+    return PromptTrace(
+        batch, roots, flow.edges, firings, flow, words, answer, wrong or "", gap, silent_heads(effect, fired)
+    )
