@@ -61,14 +61,14 @@ def report(t: PromptTrace, n: int = 10) -> str:
     lines = [f"{t.batch.text[0]!r}: {t.answer!r}{over}"]
     if t.wrong:
         lines[0] += f", logit difference {t.logit_diff:.2f}"
-    if t.silent:
-        heads = ", ".join(f"{head} {effect:+.2f}" for head, effect in t.silent[:4])
-        more = f" and {len(t.silent) - 4} more" if len(t.silent) > 4 else ""
-        lines.append(f"not traced: {heads}{more} add more than any root but do not fire: try a lower threshold")
     lines.append(f"roots add {total:.2f} directly; paths by the share of it that they carry to their end:")
     for i, path in enumerate(t.paths(n), 1):
         said = in_words(path, lambda _, position: _token(t.words, position), repr(t.answer))
         lines.append(f"{i:2d}. {100 * path.carried / total:5.1f} %  {said}")
+    if t.silent:
+        heads = ", ".join(f"{head} {effect:+.2f}" for head, effect in t.silent[:4])
+        more = f" and {len(t.silent) - 4} more" if len(t.silent) > 4 else ""
+        lines.append(f"not traced: {heads}{more} add more than any root but do not fire: try a lower threshold")
     return "\n".join(lines)
 
 # %% ../../nbs/tracing/one_prompt.ipynb #one-prompt-006
