@@ -81,7 +81,6 @@ NOT_DRIVEN = {
     "norms.circuits.Circuit",
     "norms.growth_rates.Growth",
     "norms.stream.StreamNorms",
-    "svt.SvtResult",
     "sweeps.spec.SweepSpec",
     "tracing.flow.Flow",
     "tracing.one_prompt.PromptTrace",

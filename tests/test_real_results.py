@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from spectral_nb import cross_architecture, norm_growth, pr_fingerprint, sparse_attention, which_signal
+from spectral_nb import cross_architecture, norm_growth, pr_fingerprint, sparse_attention, svt, which_signal
 from spectral_nb.base.paths import repo_root
 from spectral_nb.base.real_model import REAL_MODEL, real_file, real_part
 from spectral_nb.fingerprint.kept import kept_ratios
@@ -20,6 +20,7 @@ NOTEBOOKS = {p.stem.split("_", 1)[1]: p for p in sorted((repo_root() / "nbs").gl
 CONFIGS = {
     "norm_growth": norm_growth.NormGrowthConfig,
     "sparse_attention": sparse_attention.SparseAttentionConfig,
+    "svt": svt.SvtConfig,
     "pr_fingerprint": pr_fingerprint.FingerprintConfig,
     "cross_architecture": cross_architecture.CrossArchitectureConfig,
     "which_signal": which_signal.WhichSignalConfig,

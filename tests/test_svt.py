@@ -390,7 +390,7 @@ def test_the_papers_experiment_but_for_the_weights(reference, tmp_path):
 
     from spectral_nb.models.loading import from_hf
     from spectral_nb.svt import SvtConfig, measure
-    from spectral_nb.tracing.effects import edge_table
+    from spectral_nb.tracing.experiment import traced_parts
     from spectral_nb.tracing.published import IOI_CIRCUIT, beside_published
 
     torch.manual_seed(0)
@@ -399,42 +399,54 @@ def test_the_papers_experiment_but_for_the_weights(reference, tmp_path):
         for block in hf.transformer.h:
             block.attn.c_attn.weight[:, :96] *= 14
     model = from_hf(hf, gpt2_tokenizer(reference, tmp_path), name="gpt2")
-    cfg = SvtConfig("gpt2", n_prompts=24, threshold=0.02, min_count=1, skeleton_count=1, n_edges=3, n_intervened=4)
-    batch = cfg.resolved().batch(model)
+    cfg = SvtConfig("gpt2", n_prompts=24, threshold=0.02, min_count=1, n_edges=3, n_intervened=4, homogeneous=True)
+    _, found = measure(cfg, model)
+    batch = found.batch
     assert (batch.tokens[:, 0] != model.tokenizer.bos_token_id).all() and {"IO", "S1", "S2", "end"} <= set(
         batch.positions
     )
-    result = measure(cfg, model)
-    assert set(result.roots) <= {(9, 6), (9, 9), (10, 0)} and len(result.edges)
-    assert (
-        result.firings.loc[result.firings["root"], "k_pos"].to_numpy()
-        == batch.at("IO").numpy()[result.firings.loc[result.firings["root"], "prompt"]]
-    ).all()
-    bones = skeleton(result.graph, result.config.skeleton_count)
-    table = beside_published(bones, result.firings, result.interventions, IOI_CIRCUIT).set_index("quantity")
-    assert (
-        table.loc["possible", ["ours", "published"]].tolist() == ["16", "16"]
-        and sum(map(len, IOI_CIRCUIT.values())) == 16
-    )
-    assert {"edge_count", "ablate_local_traced_effect", "median_slices"} <= set(
-        edge_table(result.graph, result.effects, result.firings)["metric"]
-    )
+    assert set(found.roots) <= {(9, 6), (9, 9), (10, 0)} and len(found.edges)
+    roots = found.firings[found.firings["root"]]
+    assert (roots["k_pos"].to_numpy() == batch.at("IO").numpy()[roots["prompt"]]).all()
+    table = beside_published(skeleton(found.graph, 1), found.firings, found.interventions, IOI_CIRCUIT)
+    possible = table.set_index("quantity").loc["possible", ["ours", "published"]].tolist()
+    assert possible == ["16", "16"] and sum(map(len, IOI_CIRCUIT.values())) == 16
+    metrics = set(pd.concat(traced_parts(found))["metric"])
+    assert {"edge_count", "edge_flow", "ablate_local_traced_effect", "median_slices", "control_auc"} <= metrics
 
 
 def test_section_on_planted_weights():
-    from spectral_nb.svt import SvtConfig, _untraced, edge_interventions
     from spectral_nb.tracing.edge_statements import edge_claims
-    from spectral_nb.tracing.effects import edge_effects, edge_table
-    from spectral_nb.models.records import model_info
+    from spectral_nb.tracing.experiment import TestPlan, experiment, traced_parts, untraced
 
     p = planted("inhibition", 6)
-    edges = trace(p.model, p.batch, p.roots)
-    effects = edge_effects(edge_interventions(p.model, p.batch, edges))
-    assert (effects["n"] == 6).all() and len(effects) == 16
-    assert sorted(graph_heads(skeleton(trace_graph(edges), 6))) == [(0, 1), (1, 0), (2, 1)]
-    empty = _untraced(SvtConfig().resolved(), model_info(p.model), "none")
-    assert len(edge_table(empty.graph, empty.effects, empty.firings)) == 0
-    assert len(edge_claims(empty.effects, empty.interventions, empty.firings, empty.sets)) == 0
+    found = experiment(p.model, p.batch, p.roots, TraceOptions(values=True), TestPlan(n_edges=9, n_intervened=6))
+    assert (found.effects["n"] == 6).all() and found.effects["edge"].nunique() >= 2
+    looked = found.edges[found.edges["kind"].astype(str) != "value"]
+    assert sorted(graph_heads(skeleton(trace_graph(looked), 6))) == [(0, 1), (1, 0), (2, 1)]
+    claims = edge_claims(found)
+    assert len(claims) <= 8 and claims.set_index("rule").loc["identity", "verdict"] == "yes"
+    empty = untraced(p.batch, found.options, found.plan, "none")
+    assert sum(map(len, traced_parts(empty))) == 0 and len(edge_claims(empty)) == 0
+
+
+def test_section_on_own_prompts(tmp_path):
+    from spectral_nb.models.loading import load_model
+    from spectral_nb.svt import SvtConfig, measure
+
+    rows = [
+        "When {IO:Mary} and {S1:John} went to the shop , {S2:John} gave a book to, Mary, John",
+        "When {S1:Tom} and {IO:Anna} went to the park , {S2:Tom} gave a ball to, Anna, Tom",
+    ]
+    lines = ["prompt,answer,wrong"]
+    for row in rows:
+        prompt, answer, wrong = row.rsplit(",", 2)
+        lines.append(f'"{prompt}","{answer}","{wrong}"')
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    model = load_model("story-gpt2-s42")
+    _, found = measure(SvtConfig("story-gpt2-s42", prompts=str(tmp_path / "own.csv"), threshold=0.3, n_edges=3), model)
+    assert len(found.batch) == 2 and found.plan.min_count == 2
+    assert len(found.edges) or found.reason
 
 
 def test_contract_names_and_config():
@@ -450,6 +462,7 @@ def test_contract_names_and_config():
     assert (
         svt.SvtConfig("gpt2").resolved().min_count == 65
         and svt.SvtConfig("gpt2", task="retrieval").resolved().n_prompts == 96
+        and svt.SvtConfig("gpt2", homogeneous=True).options().homogeneous
     )
     for bad in (dict(task="chess"), dict(share=2.0), dict(n_edges=0), dict(processing="raw"), dict(rule="best")):
         with pytest.raises(ValueError):

@@ -72,8 +72,8 @@ def _draw_nodes(ax, at: dict, ringed: set[str]) -> None:
     "Every head at its place, ringed if known."
     for node, (x, y) in at.items():
         colour, width = ("#c22f2f", 2.2) if node[0] in ringed else ("#666666", 0.8)
-        ax.scatter([x], [y], s=330, c="white", edgecolors=colour, linewidths=width, zorder=2)
-        ax.text(x, y, node[0].removeprefix("L").replace("H", "."), ha="center", va="center", fontsize=6.5, zorder=3)
+        ax.scatter([x], [y], s=480, c="white", edgecolors=colour, linewidths=width, zorder=2)
+        ax.text(x, y, node[0], ha="center", va="center", fontsize=6, zorder=3)
 
 
 def _draw_legend(ax, tokens: set[str], known: bool) -> None:
@@ -98,21 +98,25 @@ def draw_graph(
 
     table = placed_edges(graph)
     nodes = list(dict.fromkeys([*table["tail"], *table["head_at"]]))
-    present = list(dict.fromkeys(role for _, role in nodes))
-    roles = [r for r in roles or sorted(present) if r in present] + [r for r in present if roles and r not in roles]
+    known_roles = list(dict.fromkeys(role for _, role in nodes))
+    roles = [r for r in roles or sorted(known_roles) if r in known_roles] + [
+        r for r in known_roles if roles and r not in roles
+    ]
     layers = {n: d["layer"] for n, d in graph.nodes(data=True)}
-    at, middle = _layout(nodes, layers, roles)
+    present = sorted({layers[n] for n, _ in nodes})
+    row = {layer: y for y, layer in enumerate(present)}  # layers without nodes take no room
+    at, middle = _layout(nodes, {n: row[layers[n]] for n, _ in nodes}, roles)
     right = max((x for x, _ in at.values()), default=0)
     if ax is None:
-        ax = plt.subplots(figsize=(max(4.5, 0.62 * (right + 2)), 1.5 + 0.75 * (max(layers.values(), default=0) + 1)))[1]
-    for row in table.sort_values("count").itertuples():
-        _arrow(ax, at[row.tail], at[row.head_at], row, float(table["count"].max()))
+        ax = plt.subplots(figsize=(max(4.5, 0.62 * (right + 2)), 1.5 + 0.75 * len(present)))[1]
+    for edge in table.sort_values("count").itertuples():
+        _arrow(ax, at[edge.tail], at[edge.head_at], edge, float(table["count"].max()))
     ringed = {head_name(*pair) for pair in known_heads(known)} if known is not None else set()
     _draw_nodes(ax, at, ringed)
     used = sorted({y for _, y in at.values()})
     low, high = min(used, default=0) - 0.6, max(used, default=0) + 0.6
     ax.set(xlim=(-1, right + 1), ylim=(low, high), ylabel="layer", title=title)
-    ax.set_yticks(sorted({layers[n] for n, _ in nodes}))
+    ax.set_yticks(range(len(present)), present)
     ax.set_xticks([middle[r] for r in roles], roles)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)

@@ -43,20 +43,21 @@ def _effect_row(key: tuple, g: pd.DataFrame, seed: int) -> dict:
     return row | dict(zip(("score_effect", "score_low", "score_high"), score))
 
 # %% ../../nbs/tracing/effects.ipynb #effects-005
-def heaviest(edges: pd.DataFrame, graph: nx.DiGraph, n_edges: int) -> pd.DataFrame:
-    "Rows of `edges` that belong to the graph's `n_edges` edges of largest total contribution."
-    keep = communication_edges(graph).sort_values("total", ascending=False).head(n_edges)
+def heaviest(edges: pd.DataFrame, graph: nx.DiGraph, n_edges: int, by: str = "total") -> pd.DataFrame:
+    "Rows of `edges` that belong to the graph's `n_edges` edges of largest total contribution, or flow."
+    keep = communication_edges(graph).sort_values(by, ascending=False).head(n_edges)
     keys = set(zip(keep["upstream"], keep["layer"], keep["head"], keep["role"]))
     rows = list(zip(edges["upstream"].astype(str), edges["layer"], edges["head"], edges["role"].astype(str)))
     return edges[np.fromiter((r in keys for r in rows), bool, len(rows))]
 
 # %% ../../nbs/tracing/effects.ipynb #effects-0055
 def edge_table(graph: nx.DiGraph, effects: pd.DataFrame, firings: pd.DataFrame) -> pd.DataFrame:
-    "Graph edges (count, total, weight), effects of interventions and median slices of firings, one number a row."
+    "Graph edges (count, total, weight, flow), effects of interventions and median slices of firings, one number a row."
     rows = []
     for e in communication_edges(graph).itertuples():
         at = dict(layer=e.layer, head=e.head, upstream=e.upstream, role=e.role, token=e.token)
-        rows += [at | dict(metric=f"edge_{m}", value=getattr(e, m), n=e.count) for m in ("count", "total", "weight")]
+        numbers = {m: getattr(e, m) for m in ("count", "total", "weight", "flow")}
+        rows += [at | dict(metric=f"edge_{m}", value=v, n=e.count) for m, v in numbers.items()]
     for e in effects.itertuples():
         at = dict(layer=e.layer, head=e.head, upstream=e.upstream, role=e.role, n=e.n)
         kind = f"{e.action}_{e.scope}_{e.slices}"

@@ -24,6 +24,7 @@ from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
 from ..causal.metrics import metric_values
 from ..models.architectures import ArchSpec
+from .options import TraceOptions
 from spectral_nb.tracing.projections import (
     EDGE_KEYS,
     INTERVENTIONS,
@@ -154,9 +155,11 @@ def edge_interventions(
     metric: Any = "logit_diff",
     batch_size: int = 256,
     seed: int = 0,
-    rule: str = "paper",
+    options: TraceOptions = TraceOptions(),
 ) -> pd.DataFrame:
     """Each row of `edges` (a trace of this model on this batch) intervened on in every kind, one row for both.
+
+    Of `options`, rule and homogeneous count: those of the trace.
 
     `kinds`: some of `INTERVENTIONS`. Adds columns action, scope, slices, n_slices, metric_before, metric_after, effect,
     score_before, score_after, score_effect (scores over sqrt(d_head), of the downstream head), cosine and norm_ratio of
@@ -165,7 +168,9 @@ def edge_interventions(
     edges, kinds, tables = checked_edges(model, batch, edges), checked_kinds(kinds), []
     check_int("seed", seed, 0)
     for part in intervened_parts(model, batch, edges, metric, batch_size):
-        vectors = edge_vectors(model, part.acts, part.edges, rule=rule, seed=seed)
+        vectors = edge_vectors(
+            model, part.acts, part.edges, rule=options.rule, homogeneous=options.homogeneous, seed=seed
+        )
         table = _part_table(model, part, vectors, kinds, metric, batch_size)
         table["prompt"] = np.tile(edges.loc[part.edges.index, "prompt"].to_numpy(), len(kinds))
         tables.append(table)

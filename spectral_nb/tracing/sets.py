@@ -21,6 +21,7 @@ from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
 from .edge_tables import check_edges, downstream_names
 from .interventions import Part, change_of, checked_kinds, intervened_parts
+from .options import TraceOptions
 from .projections import INTERVENTIONS, checked_edges, edge_vectors, index_tensors
 
 # %% ../../nbs/tracing/sets.ipynb #sets-004
@@ -101,16 +102,18 @@ def set_interventions(
     kinds: Iterable | None = None,
     metric: Any = "logit_diff",
     batch_size: int = 256,
-    rule: str = "paper",
+    options: TraceOptions = TraceOptions(),
 ) -> pd.DataFrame:
     """Members of each set alone and together, on prompts where all were traced.
+
+    Of `options`, rule and homogeneous count.
 
     Columns set, member ('' is all together), prompt, action, scope, slices, effect (change of the metric)."""
     edges, tables = checked_edges(model, batch, edges), []
     kinds = checked_kinds([k for k in INTERVENTIONS if k[2] == "traced"] if kinds is None else kinds)
     how = dict(metric=metric, batch_size=batch_size)
     for part in intervened_parts(model, batch, edges, metric, batch_size):
-        vectors = edge_vectors(model, part.acts, part.edges, rule=rule)
+        vectors = edge_vectors(model, part.acts, part.edges, rule=options.rule, homogeneous=options.homogeneous)
         first = int(edges.loc[part.edges.index[0], "prompt"] - part.edges["prompt"].iat[0])
         for name, keys in sets.items():
             for kind in kinds:
