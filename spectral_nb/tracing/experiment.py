@@ -86,13 +86,12 @@ def untraced(batch: Any, options: TraceOptions, plan: TestPlan, reason: str) -> 
 _ABLATIONS = [("ablate", scope, slices) for scope in ("global", "local") for slices in ("traced", "random")]
 
 
-def _intervened(
-    model: Any, batch: Any, edges: pd.DataFrame, graph: nx.DiGraph, options: TraceOptions, plan: TestPlan
-) -> pd.DataFrame:
-    "Ablations of the graph's edges that carry most flow into queries and keys, on the first prompts."
-    looked = edges[edges["kind"].astype(str) != "value"]
-    rows = heaviest(looked, trace_graph(looked, plan.min_count), plan.n_edges, by="flow")
-    rows = rows[rows["prompt"] < plan.n_intervened]
+def _intervened(model: Any, batch: Any, edges: pd.DataFrame, options: TraceOptions, plan: TestPlan) -> pd.DataFrame:
+    "Ablations of the edges that carry most flow into queries and keys on the first prompts."
+    n = min(plan.n_intervened, len(batch))
+    looked = edges[(edges["kind"].astype(str) != "value") & (edges["prompt"] < n)]
+    count = max(1, round(plan.min_count * n / len(batch)))  # the graph's, in proportion
+    rows = heaviest(looked, trace_graph(looked, count), plan.n_edges, by="flow")
     how = dict(kinds=_ABLATIONS, seed=plan.seed, options=options)
     return edge_interventions(model, batch, rows, **how)
 
@@ -116,7 +115,7 @@ def experiment(model: Any, batch: Any, roots: Any, options: TraceOptions, plan: 
     edges, firings = trace_tables(model, batch, roots, options)
     flow = trace_flow(edges, firings, options.value_part)
     graph = trace_graph(flow.edges, plan.min_count)
-    table = _intervened(model, batch, flow.edges, graph, options, plan)
+    table = _intervened(model, batch, flow.edges, options, plan)
     effects = edge_effects(table, plan.seed) if len(table) else pd.DataFrame()
     heads = firings.loc[firings["root"].astype(bool), ["layer", "head"]].drop_duplicates()
     named = list(heads.itertuples(index=False, name=None))
