@@ -16,7 +16,7 @@ from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import Pairs
 from spectral_nb.attention.terms import slice_terms, slice_vectors
 from spectral_nb.tracing.interventions import edge_interventions
-from spectral_nb.tracing.projections import INTERVENTIONS
+from spectral_nb.tracing.projections import INTERVENTIONS, ONE_SIDED
 from spectral_nb.tracing.projections import edge_vectors, random_slices
 from spectral_nb.tracing.sets import additivity, edge_sets, set_interventions
 from spectral_nb.models.architectures import ArchSpec
@@ -76,6 +76,7 @@ def one_by_one(model, batch, edges, action, scope, slices="traced"):
             hooks = [
                 (f"blocks.{layer}.attn.hook_{n}", lambda x, hook, W=W[row.head]: at_input(x, hook, W))
                 for n, W in zip("qkv", (w.W_Q, w.W_K, w.W_V))
+                if scope == "local" or n == scope[0]
             ]
         with torch.no_grad():
             logits = model.run_with_hooks(batch.tokens[row.prompt : row.prompt + 1], fwd_hooks=hooks)
@@ -102,6 +103,25 @@ def test_interventions_equal_one_pass_per_edge(architecture):
         )
         np.testing.assert_allclose(mine.loc[index].to_numpy(), other, atol=2e-4)
         assert np.abs(other - table["metric_before"].iloc[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama"])
+def test_one_sided_interventions_equal_one_pass_per_edge(architecture):
+    model = expanded(architecture)
+    model, single = model if isinstance(model, tuple) else (model, model)
+    batch, edges = traced(model)
+    kinds = [k for k in ONE_SIDED if k[2] == "traced"]
+    table = edge_interventions(model, batch, edges, kinds=kinds, batch_size=16)
+    keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]
+    index = list(edges[keys].itertuples(index=False, name=None))
+    for action, scope, _ in kinds:
+        mine = table[(table["action"] == action) & (table["scope"] == scope)].set_index(keys)
+        other = one_by_one(single, batch, edges, action, scope)
+        np.testing.assert_allclose(mine.loc[index, "metric_after"].to_numpy(), other, atol=2e-4)
+        side = (edges["token"] == ("source" if scope == "query" else "destination")).to_numpy()
+        apart = side & (edges["q_pos"] != edges["k_pos"]).to_numpy()
+        moved = mine.loc[index, "score_effect"].abs().to_numpy()
+        assert moved[apart].max(initial=0.0) < 1e-4 < moved[~side].max()  # a key at the destination scores nothing
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3", "olmoe"])

@@ -30,10 +30,12 @@ class Changes:
     head: Int[Tensor, "n"]  # -1: the layer's attention output
     pos: Int[Tensor, "n"]
     vector: Float[Tensor, "n d_model"]
+    read: Int[Tensor, "n"] | None = None  # of a head's input: 0 all of it (as None), 1 query, 2 key, 3 value alone
 
     def select(self, keep: Bool[Tensor, "n"]) -> "Changes":
         "Those where `keep` is true."
-        return Changes(*(getattr(self, f)[keep] for f in ("run", "layer", "head", "pos", "vector")))
+        own = [getattr(self, f) for f in ("run", "layer", "head", "pos", "vector", "read")]
+        return Changes(*(None if v is None else v[keep] for v in own))
 
 # %% ../../nbs/causal/changes.ipynb #changes-007
 class _LocalChange:
@@ -43,7 +45,7 @@ class _LocalChange:
         self.model, self.layer, self.spec, self.cache = model, layer, ArchSpec.from_model(model), {}
         key, self.which = torch.stack([changes.run, changes.head], 1).unique(dim=0, return_inverse=True)
         self.run, self.head = key.unbind(1)
-        self.changes, self.weights, self.x = changes, head_weights(model, layer), None
+        self.changes, self.weights, self.x = changes, head_weights(model, layer), {}
 
     def hooks(self) -> list:
         block = f"blocks.{self.layer}."
@@ -57,14 +59,26 @@ class _LocalChange:
         self.cache[name] = value
         return value
 
-    def _project(self, W: Tensor, b: Tensor) -> Float[Tensor, "item pos d_head"]:
-        return torch.bmm(self.x, W[self.head].to(self.x)) + b[self.head][:, None].to(self.x)
+    def _inputs(self, x: Tensor) -> dict[str, Tensor]:
+        "What the queries, keys and values of the changed heads read."
+        c, all_of = self.changes, x[self.run]
+        if c.read is None or not c.read.any():
+            return dict.fromkeys("qkv", all_of.index_put((self.which, c.pos), c.vector.to(x), accumulate=True))
+        found = {}
+        for number, side in enumerate("qkv", 1):
+            vector = c.vector.to(x) * ((c.read == 0) | (c.read == number)).to(x)[:, None]
+            found[side] = all_of.index_put((self.which, c.pos), vector, accumulate=True)
+        return found
+
+    def _project(self, side: str, W: Tensor, b: Tensor) -> Float[Tensor, "item pos d_head"]:
+        x = self.x[side]
+        return torch.bmm(x, W[self.head].to(x)) + b[self.head][:, None].to(x)
 
     def _scores(self, scores, hook):
         "Scores of the changed heads from queries and keys of their own inputs; where a key is not seen, as they were."
         w, x = self.weights, self.cache[input_hook(self.spec, self.layer)]
-        self.x = x[self.run].index_put((self.which, self.changes.pos), self.changes.vector.to(x), accumulate=True)
-        q, k = self._project(*w.scored("q")), self._project(*w.scored("k"))
+        self.x = self._inputs(x)
+        q, k = (self._project(side, *w.scored(side)) for side in "qk")
         if (scales := qk_norm_scales(self.model, self.cache, self.layer)) is not None:
             q, k = (v / s[self.run, :, self.head][..., None] for v, s in zip((q, k), scales, strict=True))
         positions = torch.arange(x.shape[1], device=x.device)
@@ -79,9 +93,8 @@ class _LocalChange:
     def _z(self, z, hook):
         pattern = self.cache[f"blocks.{self.layer}.attn.hook_pattern"][self.run, self.head]
         z = z.clone()
-        z[self.run, :, self.head] = torch.bmm(pattern.to(self.x), self._project(self.weights.W_V, self.weights.b_V)).to(
-            z
-        )
+        values = self._project("v", self.weights.W_V, self.weights.b_V)
+        z[self.run, :, self.head] = torch.bmm(pattern.to(values), values).to(z)
         return z
 
 

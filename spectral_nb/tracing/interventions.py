@@ -28,6 +28,7 @@ from .options import TraceOptions
 from spectral_nb.tracing.projections import (
     EDGE_KEYS,
     INTERVENTIONS,
+    ONE_SIDED,
     as_read,
     checked_edges,
     edge_vectors,
@@ -97,15 +98,17 @@ def touched(part: Part, rows: pd.DataFrame, scope: str) -> Tensor:
 
 
 def checked_kinds(kinds) -> list[tuple[str, str, str]]:
-    "All kinds for None; ValueError for one that is none of `INTERVENTIONS`."
+    "`INTERVENTIONS` for None; ValueError for one that is neither of these nor `ONE_SIDED`."
     given = list(INTERVENTIONS if kinds is None else kinds)
     if not given:
         raise ValueError("kinds is empty; name at least one or leave it out for all")
-    return [check_in("kinds", tuple(k) if isinstance(k, (list, tuple)) else k, INTERVENTIONS) for k in given]
+    return [
+        check_in("kinds", tuple(k) if isinstance(k, (list, tuple)) else k, (*INTERVENTIONS, *ONE_SIDED)) for k in given
+    ]
 
 # %% ../../nbs/tracing/interventions.ipynb #interventions-007
 def _kind_changes(model, part: Part, kind: tuple[str, str, str], vectors: dict) -> tuple[tuple, pd.DataFrame]:
-    "Of one kind: (layer, head, pos, vector) of every row's change, and the table's columns that need no run."
+    "Of one kind: (layer, head, pos, vector, read) of every row's change; the table's columns that need no run."
     (action, scope, slices), rows = kind, part.edges
     h, n_slices = vectors[slices]
     layer, head, vector = change_of(model, part, rows, h, scope)
@@ -115,7 +118,8 @@ def _kind_changes(model, part: Part, kind: tuple[str, str, str], vectors: dict) 
     columns = dict(action=action, scope=scope, slices=slices, n_slices=n_slices.cpu().numpy())
     columns["cosine"] = torch.cosine_similarity(old, new, dim=-1).cpu().numpy()
     columns["norm_ratio"] = (new.norm(dim=-1) / old.norm(dim=-1)).cpu().numpy()
-    return (layer, head, pos, vector), rows[list(EDGE_KEYS)].assign(**columns)
+    read = torch.full_like(pos, {"query": 1, "key": 2}.get(scope, 0))
+    return (layer, head, pos, vector, read), rows[list(EDGE_KEYS)].assign(**columns)
 
 
 def _part_table(model, part: Part, vectors: dict, kinds: list, metric, batch_size: int) -> pd.DataFrame:
@@ -161,7 +165,8 @@ def edge_interventions(
 
     Of `options`, rule and homogeneous count: those of the trace.
 
-    `kinds`: some of `INTERVENTIONS`. Adds columns action, scope, slices, n_slices, metric_before, metric_after, effect,
+    `kinds`: some of `INTERVENTIONS` (all by default) and `ONE_SIDED`, which change the reader's query or key alone.
+    Adds columns action, scope, slices, n_slices, metric_before, metric_after, effect,
     score_before, score_after, score_effect (scores over sqrt(d_head), of the downstream head), cosine and norm_ratio of
     the touched residual. Random slices belong to the edge and `seed`. ValueError for edges of other weights or another
     batch, acausal ones, and components that are no heads."""

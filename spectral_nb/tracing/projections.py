@@ -32,6 +32,12 @@ INTERVENTIONS = tuple(
     for scope in ("global", "local")
     for slices in ("traced", "random")
 )
+ONE_SIDED = tuple(  # on request: the reader's query alone, or its key alone
+    (action, scope, slices)
+    for action in ("ablate", "boost")
+    for scope in ("query", "key")
+    for slices in ("traced", "random")
+)
 
 # %% ../../nbs/tracing/projections.ipynb #projections-005
 EDGE_KEYS = (
