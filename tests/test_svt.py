@@ -449,6 +449,26 @@ def test_section_on_own_prompts(tmp_path):
     assert len(found.edges) or found.reason
 
 
+def test_a_trace_of_raw_weights_says_that_it_is_another_circuit():
+    import warnings
+
+    from spectral_nb.models.loading import load_model
+    from spectral_nb.prompts.tasks import make_batch
+
+    circuits = {}
+    for processing in ("raw", "folded"):
+        model = load_model("story-gpt2-s42", processing=processing)
+        batch = make_batch("ioi", model, 8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            circuits[processing] = trace(model, batch, find_roots(model, batch))
+        said = [str(w.message) for w in caught if "another circuit" in str(w.message)]
+        assert bool(said) == (processing == "raw")
+    keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]
+    raw, folded = (set(e[keys].astype(str).itertuples(index=False, name=None)) for e in circuits.values())
+    assert raw != folded
+
+
 def test_contract_names_and_config():
     import inspect
 

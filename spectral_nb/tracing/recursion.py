@@ -6,6 +6,7 @@
 __all__ = ['trace_tables', 'trace']
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-002
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -202,6 +203,16 @@ def _root_heads(model, batch, roots, options: TraceOptions) -> list[tuple[int, i
     return pairs
 
 
+def _warn_of_raw(model: Any) -> None:
+    "A raw model has other slices and other head outputs than the same model folded."
+    if current_info(model).processing == "raw":
+        warnings.warn(
+            "trace: processing='raw' gives another circuit than 'folded': scores are split along other slices where a "
+            "norm has gains, and value biases stay in the heads' outputs; published traces are of folded weights",
+            stacklevel=4,
+        )
+
+
 def _room(model, batch, top: int, options: TraceOptions) -> tuple[int, Tensor]:
     "(prompts at once, memory for their head outputs, made once: new memory is slow)."
     spec = ArchSpec.from_model(model)
@@ -219,9 +230,11 @@ def trace_tables(
     """(edges, firings): what `trace` returns, and every firing that it visited.
 
     Firings have columns prompt, layer, head, q_pos, k_pos, attention, n_slices and root; with `values=True` also
-    n_value_slices, weight (of roots: their direct effect on the target) and importance."""
+    n_value_slices, weight (of roots: their direct effect on the target) and importance. Warns where the model was
+    loaded with `processing="raw"`: that gives another circuit than folded weights, which published traces are of."""
     options = replace(options, **changes)
     roots = _root_heads(model, batch, roots, options)
+    _warn_of_raw(model)
     spec, top = ArchSpec.from_model(model), max(layer for layer, _ in roots)
     (size, room), tables = _room(model, batch, top, options), ([], [])
     for places, part in progress(list(batch.by_length(size)), desc="trace"):
