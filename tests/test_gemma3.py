@@ -1,6 +1,5 @@
 "Gemma 3 270M from its installed wheels: known answer, self-check, slices, a trace and its interventions, section 14."
 
-import gc
 import importlib
 import importlib.util
 from types import SimpleNamespace
@@ -13,10 +12,8 @@ from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import firings, pair_scores
 from spectral_nb.attention.terms import slice_terms
 from spectral_nb.causal.metrics import evaluate
-from spectral_nb.cross_architecture import CrossArchitectureConfig, measure
+from spectral_nb.cross_architecture import capability_survey
 from spectral_nb.models.architectures import ArchSpec
-from spectral_nb.models.checkpoints import resolve
-from spectral_nb.models.hf_models import plain_model
 from spectral_nb.models.loading import load_model, self_check
 from spectral_nb.prompts.own_prompts import from_prompts
 from spectral_nb.tracing.interventions import edge_interventions
@@ -75,21 +72,11 @@ def test_it_answers_mary(gemma):
 
 
 def test_it_passes_its_self_check(gguf):
-    "Its log-probabilities of random tokens go down to -60 and lower, where 1e-4 is a rounding of float32."
+    """Log-probabilities of 262,144 tokens at 256 random places go far below -10, where rounding of float32 shows.
+
+    In float64 it would be the same: transformers computes Gemma's norms and softmax in float32 whatever the dtype."""
     errors = self_check(gguf)
     assert errors["scores"] < 1e-5 and errors["log_probs"] < 1e-3
-
-
-def test_in_float64_it_is_exact(gguf):
-    "What the self-check shows is rounding: nothing of it is left in double precision."
-    plain = plain_model(resolve(gguf), torch.float64)
-    ids = torch.randint(10, 200_000, (1, 24), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = plain(ids).logits.log_softmax(-1)
-        del plain
-        gc.collect()
-        error = (load_model(gguf, dtype="float64")(ids).log_softmax(-1) - expected).abs().max()
-    assert error < 1e-9
 
 
 def test_slices_sum_to_its_scores(gemma, acts):
@@ -131,9 +118,10 @@ def test_a_trace_and_its_interventions(gemma, batch, acts, scope):
         assert abs(mine["metric_after"] - mine["metric_before"]) > 1e-3 and mine["score_after"] < mine["score_before"]
 
 
-def test_section_14(gguf):
-    "The measure of the cross-architecture section, with few prompts: every class is found, some heads matter."
-    config = CrossArchitectureConfig(model_name=str(gguf), n_prompts=16, n_ablation=16, length=32, n_draws=3)
-    [survey] = measure(config)
-    print(survey)
-    assert survey is not None
+def test_its_heads_are_surveyed(gemma, batch):
+    "Section 14's survey: a score of every class for all 72 heads; L4H1 looks at the previous token."
+    table = capability_survey(gemma, batch)
+    assert len(table) == 72 and table["selectivity"].notna().all()
+    first = table.sort_values("previous_token", ascending=False).iloc[0]
+    assert (first["layer"], first["head"]) == (4, 1)
+    assert first["previous_token"] > 100 and first["attention_previous_token"] > 0.5
