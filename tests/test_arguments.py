@@ -45,6 +45,7 @@ ACCEPTED |= {f"tracing.options.TraceOptions({role}=no such)" for role in ("q_rol
 # No nulls, no excluded heads, no token counts, no interventions: nothing is a right answer there.
 ACCEPTED |= {
     "cross_architecture.measure(skipped=a dict)",
+    "which_signal.measure(skipped=a dict)",
     "fingerprint.ratios.head_ratios(nulls=a dict)",
     "fingerprint.ratios.head_ratios(nulls=a list)",
     "fingerprint.ratios.ratio_trajectory(nulls=a dict)",

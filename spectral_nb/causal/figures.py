@@ -6,6 +6,8 @@
 __all__ = ['plot_faithfulness']
 
 # %% ../../nbs/causal/figures.ipynb #figures-002
+import numpy as np
+
 from ..base.arguments import checked
 from ..base.labels import literal
 from ..base.plots import COLORS, figure
