@@ -23,9 +23,9 @@ _BETTER = {  # (side, ranking): what the signal set is compared with
         "destination",
         "all",
     ): "on the query's side, the signal set finds the heads that a score needs better than all slices",
-    ("source", "all"): "on the key's side, the signal set finds them better than all slices",
-    ("both", "random"): "the signal set finds them better than as many random slices",
-    ("both", "frozen"): "the signal set finds them better than exact removal at the norm's old scale",
+    ("source", "all"): "on the key's side, the signal set finds the heads that a score needs better than all slices",
+    ("both", "random"): "the signal set finds the heads that a score needs better than as many random slices",
+    ("both", "frozen"): "the signal set finds the heads that a score needs better than removal at the norm's old scale",
 }
 
 
