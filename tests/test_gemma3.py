@@ -12,7 +12,7 @@ from spectral_nb.attention.activations import capture
 from spectral_nb.attention.pairs import firings, pair_scores
 from spectral_nb.attention.terms import slice_terms
 from spectral_nb.causal.metrics import evaluate
-from spectral_nb.cross_architecture import capability_survey
+from spectral_nb.cross_architecture import CrossArchitectureConfig, capability_survey, measure
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.loading import load_model, self_check
 from spectral_nb.prompts.own_prompts import from_prompts
@@ -119,9 +119,17 @@ def test_a_trace_and_its_interventions(gemma, batch, acts, scope):
 
 
 def test_its_heads_are_surveyed(gemma, batch):
-    "Section 14's survey: a score of every class for all 72 heads; L4H1 looks at the previous token."
-    table = capability_survey(gemma, batch)
+    "A score of every class for all 72 heads; L4H1 looks at the previous token."
+    table = capability_survey(gemma, batch).set_index(["layer", "head"])
     assert len(table) == 72 and table["selectivity"].notna().all()
-    first = table.sort_values("previous_token", ascending=False).iloc[0]
-    assert (first["layer"], first["head"]) == (4, 1)
-    assert first["previous_token"] > 100 and first["attention_previous_token"] > 0.5
+    head = table.loc[(4, 1)]
+    assert head["class"] == "previous_token" and head["attention_previous_token"] > 0.5
+
+
+def test_section_14(gguf):
+    "Its measure at its smallest: two induction heads are screened, and without them repetition is lost."
+    small = dict(n_prompts=8, n_ablation=8, length=16, n_draws=1)
+    [survey] = measure(CrossArchitectureConfig(model_name=str(gguf), **small))
+    assert survey.screened == [(5, 1), (5, 2)]
+    loss = survey.ablation.query("condition == 'set' and set == 'screen' and measured_on == 'synthetic'")
+    assert loss.set_index("metric").loc["loss", "effect"] > 5
