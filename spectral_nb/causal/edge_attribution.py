@@ -106,7 +106,8 @@ def attribute_edges(
     check_in("method", method, ("atp", "atp-ig"))
     check_in("mode", mode, MODES)
     check_in("metric", metric, ("logit_diff", "answer_logprob", "loss"))
-    n = 1 if method == "atp" else check_int("steps", steps, 1)
+    steps = check_int("steps", steps, 1)
+    n = 1 if method == "atp" else steps
     levels = [1.0] if n == 1 and method == "atp" else [(i + 0.5) / n for i in range(n)]
     reference = run_once(model, batch if reference is None else reference, mode)
     total: dict[tuple[int, str], Tensor] = {}
