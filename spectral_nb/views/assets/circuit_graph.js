@@ -11,10 +11,11 @@ const network = new vis.Network($('graph'), {nodes, edges}, {
 let [left, right, top_, bottom] = D.box, layers = D.layers, roles = D.roles;
 network.on('beforeDrawing', c => {
   c.save();
-  c.textAlign = 'right'; c.font = '15px system-ui, sans-serif';
+  const seen = network.DOMtoCanvas({x: 4, y: 0}).x, inside = seen > left - 90;  // where the left is cut off, names stay in sight
+  c.textAlign = inside ? 'left' : 'right'; c.font = '15px system-ui, sans-serif';
   layers.forEach((l, i) => {
     if (i % 2 === 0) { c.fillStyle = '#f5f7fa'; c.fillRect(left, l.top, right - left, l.bottom - l.top); }
-    c.fillStyle = '#5c6675'; c.fillText(l.name, left - 8, (l.top + l.bottom) / 2 + 5);
+    c.fillStyle = '#5c6675'; c.fillText(l.name, inside ? seen : left - 8, (l.top + l.bottom) / 2 + 5);
   });
   c.textAlign = 'center'; c.font = '600 16px system-ui, sans-serif'; c.strokeStyle = '#d9dee6'; c.lineWidth = 1; c.fillStyle = '#1c2430';
   roles.forEach(r => { c.beginPath(); c.moveTo(r.left, top_); c.lineTo(r.left, bottom); c.stroke(); c.fillText(r.name, r.x, bottom + 24); });
