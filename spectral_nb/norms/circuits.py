@@ -26,7 +26,7 @@ from ..prompts.tasks import make_batch
 CIRCUIT_TASKS = ("ioi", "sva", "retrieval")
 EXACT_UP_TO = 100  # heads of a model in which every head is ablated
 SCREENED = 24  # heads that are ablated after a screen
-PROMPTS, PROMPTS_AFTER_SCREEN = 256, 32  # in each of the two batches
+PROMPTS, PROMPTS_AFTER_SCREEN = 256, 16  # in each of the two batches
 
 # %% ../../nbs/norms/circuits.ipynb #circuits-002
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def is_exact(model: Any, exact: bool | None = None) -> bool:
 def find_circuit(
     model: Any,
     task: str,
-    n_prompts: int | None = None,  # in each of two batches; by default 256, or 32 after a screen
+    n_prompts: int | None = None,  # in each of two batches; by default 256, or 16 after a screen
     seed: int = 0,
     share: float = 0.1,  # of the logit difference that a head's removal must cost
     *,

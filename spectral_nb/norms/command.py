@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..base.files import write_table
 from .circuit_norms import layer_means
-from .circuits import CIRCUIT_TASKS, Circuit
+from .circuits import CIRCUIT_TASKS, PROMPTS, PROMPTS_AFTER_SCREEN, Circuit
 from .reports import PRODUCTS, circuit_report, head_table
 from .stored import choose_circuit, store_circuits
 from .weights import norm_matrix
@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", default=None, help="checkpoint, such as step800")
     p.add_argument("--processing", choices=("folded", "raw"), default="folded")
     p.add_argument("--heads", default=None, help='own circuit instead, such as "L9H6 L9H9"')
-    p.add_argument("--prompts", type=int, default=None, help="prompts for each ablation batch (256; 64 after a screen)")
+    said = f"prompts for each ablation batch ({PROMPTS}; {PROMPTS_AFTER_SCREEN} after a screen)"
+    p.add_argument("--prompts", type=int, default=None, help=said)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default=None, help="parquet file to write every head to (default: none)")
     p.add_argument(
