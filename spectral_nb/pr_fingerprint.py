@@ -26,9 +26,9 @@ class FingerprintConfig:
     revision: str = ""  # last checkpoint of the trajectory; "" is the final one
     processing: str = "raw"
     score: str = ""  # what picks: one of SCORES; "": spread, or content where there is one checkpoint
-    n_prompts: int = 0  # at the last checkpoint; 0: 2000, or 256 above 100 heads
+    n_prompts: int = 0  # at the last checkpoint; 0: 2000, or 128 above 100 heads
     n_trajectory: int = 250  # at each of several checkpoints
-    n_ablation: int = 0  # 0: 150, or 24 above 100 heads
+    n_ablation: int = 0  # 0: 150, or 12 above 100 heads
     n_draws: int = 20  # random sets
     prompts: str = ""  # file for `prompts.from_file`, its content marked as `{key:...}`
     codewords: str = ""  # separated by spaces, in place of the default ones

@@ -46,9 +46,9 @@ def n_heads_of(model) -> int:
 
 
 def sizes(cfg, model) -> tuple[int, int]:
-    "Prompts at the last checkpoint and of the ablations: `cfg`'s, or 2,000 and 150, or 256 and 24 above `LARGE` heads."
+    "Prompts at the last checkpoint and of the ablations: `cfg`'s, or 2,000 and 150, or 128 and 12 above `LARGE` heads."
     large = n_heads_of(model) > LARGE
-    return cfg.n_prompts or (256 if large else 2000), cfg.n_ablation or (24 if large else 150)
+    return cfg.n_prompts or (128 if large else 2000), cfg.n_ablation or (12 if large else 150)
 
 
 def purpose_batch(cfg, model, n: int, purpose: int, **options):
