@@ -114,7 +114,8 @@ def test_search_works_from_disk(site, open_page):
         lambda: [a.get_attribute("href") for a in b.find_elements("css selector", ".md-search-result__link")], 20
     )
     assert any("participation" in a or "spectra" in a for a in links[:6])
-    assert b.get_log("browser") == []
+    # on a slow machine the theme searches after the first letter and warns that "p" is no query
+    assert [entry for entry in b.get_log("browser") if "Invalid query" not in entry["message"]] == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])
