@@ -30,7 +30,7 @@ class WhichSignalConfig:
     seed: int = 0
     n_screen: int = 0  # prompts that rank; 0: 32, or 24 above 100 heads
     n_prompts: int = 0  # of each batch that judges; 0: 32, or 16 above 100 heads
-    n_batches: int = 5
+    n_batches: int = 5  # that judge, two at least: the interval is over them
     n_draws: int = 20  # random rankings
     n_exact: int = 0  # prompts of exact ablations; 0: all that rank, or 8 above 100 heads
     steps: int = 8  # of integrated gradients
@@ -42,7 +42,7 @@ class WhichSignalConfig:
         for name, known in allowed.items():
             for word in getattr(self, name).split():
                 check_in(name, word, known)
-        for name, low in dict(seed=0, n_screen=0, n_prompts=0, n_batches=1, n_draws=1, n_exact=0, steps=1).items():
+        for name, low in dict(seed=0, n_screen=0, n_prompts=0, n_batches=2, n_draws=1, n_exact=0, steps=1).items():
             check_int(name, getattr(self, name), low)
         for name in ("model_name", "replacements"):
             if not getattr(self, name).split():
