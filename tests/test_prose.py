@@ -23,24 +23,25 @@ def prose_numbers(notebook: dict) -> list[str]:
     return re.findall(r"(?<![\w.])-?\d+\.\d+(?![\d.]*\w)", re.sub(NO_RESULT, "", text))
 
 
-def shown_numbers(notebook: dict, section: str) -> tuple[str, np.ndarray]:
-    "The text of all outputs, and every number of the section's committed tables."
+def shown_numbers(notebook: dict, section: str) -> np.ndarray:
+    "Sizes of all numbers that the outputs show, and of those of the section's committed claims."
     outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
-    shown = [{k: v for k, v in o.get("data", {}).items() if not k.startswith("image")} | o for o in outputs]
-    text = json.dumps([{k: v for k, v in o.items() if k != "data"} for o in shown])
+    shown = [{k: v for k, v in o.get("data", {}).items() if not k.startswith("image")} for o in outputs]
+    text = json.dumps([*shown, *(o.get("text") for o in outputs)])
+    found = [float(x) for x in re.findall(r"\d+\.\d+|\d+", text)]
     claims = ROOT / "data" / "claims"
-    files = [claims / f"{section}.parquet", *(claims / "real").glob(f"{section}*.parquet")]
+    files = [claims / f"{section}.parquet", *(claims / "real" / f"{section}{part}.parquet" for part in ("", "_tuning"))]
     tables = [read_table(f) for f in files if f.is_file()]
     columns = [t[c].dropna().to_numpy(float) for t in tables for c in t.select_dtypes("number")]
-    return text, np.concatenate(columns) if columns else np.zeros(0)
+    return np.abs(np.concatenate([np.array(found), *columns]))
 
 
-def unsaid(numbers: list[str], text: str, values: np.ndarray) -> list[str]:
-    "Numbers that no output shows and that no value of the tables rounds to."
+def unsaid(numbers: list[str], values: np.ndarray) -> list[str]:
+    "Numbers that nothing shown rounds to, whatever its sign: prose says which way."
 
     def told(number: str) -> bool:
-        near = np.abs(np.round(values, len(number.split(".")[1])) - float(number)) < 1e-9
-        return number in text or bool(near.any())
+        near = np.abs(np.round(values, len(number.split(".")[1])) - abs(float(number))) < 1e-9
+        return bool(near.any())
 
     return [n for n in numbers if not told(n)]
 
@@ -48,8 +49,7 @@ def unsaid(numbers: list[str], text: str, values: np.ndarray) -> list[str]:
 @pytest.mark.parametrize("path", ARTICLES, ids=lambda p: p.stem)
 def test_numbers_in_prose_are_those_of_the_tables(path):
     notebook = json.loads(path.read_text())
-    text, values = shown_numbers(notebook, path.stem.split("_", 1)[-1])
-    assert not unsaid(prose_numbers(notebook), text, values)
+    assert not unsaid(prose_numbers(notebook), shown_numbers(notebook, path.stem.split("_", 1)[-1]))
 
 
 def test_a_number_that_no_table_has_is_found():
@@ -57,5 +57,4 @@ def test_a_number_that_no_table_has_is_found():
         cells=[dict(cell_type="markdown", source=["Heads carry 0.76 of it (arXiv 2410.00340), section 5.1."])]
     )
     assert prose_numbers(article) == ["0.76"]
-    assert unsaid(["0.76"], "", np.array([0.7598])) == [] == unsaid(["0.76"], "lost 0.76 of", np.zeros(0))
-    assert unsaid(["0.76"], "", np.array([0.7498])) == ["0.76"]
+    assert unsaid(["0.76"], np.array([0.7598])) == [] and unsaid(["0.76"], np.array([0.7498, 10.76])) == ["0.76"]

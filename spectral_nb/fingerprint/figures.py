@@ -88,7 +88,7 @@ def ablation_figure(ablation: pd.DataFrame, n_heads: int) -> Figure:
 
 
 def snapshot_figure(final: dict[str, np.ndarray], picks) -> Figure:
-    "One checkpoint: PR of every head by layer, at the read position and by its nulls; content PR with the picks named."
+    "One checkpoint: PR of every head by layer, at the read position and by its nulls; content PR, largest picks named."
     fig, axes = figure(2, 1, width=6.4, height=5.6, sharex=True)
     layer = np.indices(final["pr"].shape)[0]
     names = {"pr": "read position", "pr_shuffled": "random positions", "pr_fixed": "one content in all prompts"}
@@ -100,7 +100,11 @@ def snapshot_figure(final: dict[str, np.ndarray], picks) -> Figure:
     axes[1].plot(layer.ravel(), content.ravel(), ".", color="#999999")
     for ly, h in picks:
         axes[1].plot(ly, content[ly, h], "o", color=COLORS[1])
-        axes[1].annotate(head_name(ly, h), (ly, content[ly, h]), xytext=(4, 2), textcoords="offset points", fontsize=8)
+    named = sorted(picks, key=lambda p: -content[p])[:6]
+    for ly, h in named:
+        right = ly == max(layer for layer, _ in named)  # the last layer's names stand on the other side
+        place = dict(xytext=(5, 1) if right else (-5, 1), ha="left" if right else "right", textcoords="offset points")
+        axes[1].annotate(head_name(ly, h), (ly, content[ly, h]), fontsize=8, **place)
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set_ylabel("content PR")
     axes[1].set_xlabel("layer")

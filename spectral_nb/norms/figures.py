@@ -172,7 +172,7 @@ def weights_figure(by_layer: pd.DataFrame) -> Figure:
 
 def development_figure(steps: pd.DataFrame) -> Figure:
     "By training step: growth rates with intervals over prompts, mean spectral norms, R_norm of W_OV by task."
-    fig, axes = panels(["growth factor per layer", "mean spectral norm of heads", "$R_{norm}$ of $W_{OV}$"], 2.2)
+    fig, axes = panels(["growth factor per layer", "mean spectral norm of heads", "R_norm of W_OV"], 2.2)
     rates, norms, ratios = axes.values()
     growth = steps[steps.metric == "growth_rate"]
     plot_lines(growth, "step", "value", hue="quantity", low="ci_low", high="ci_high", ax=rates)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 
 from ..base.labels import literal
 from ..base.plots import COLORS, figure
@@ -18,23 +19,14 @@ from .findings import asked, winners
 from .registry import SIGNALS
 
 # %% ../../nbs/signals/figures.ipynb #figures-003
-SECTION_COLORS = dict(
-    svt="#D55E00",
-    norm_growth="#0072B2",
-    sparse_attention="#009E73",
-    pr_fingerprint="#CC79A7",
-    cross_architecture="#56B4E9",
-    attribution="#000000",
-    random="#999999",
-)
-SECTION_LABELS = dict(
-    svt="tracing",
-    norm_growth="weights",
-    sparse_attention="slices",
-    pr_fingerprint="participation",
-    cross_architecture="selectivity",
-    attribution="attribution",
-    random="random",
+_SOURCES = dict(  # section that a signal comes from: its colour and name
+    svt=("#D55E00", "tracing"),
+    norm_growth=("#0072B2", "weights"),
+    sparse_attention=("#009E73", "slices"),
+    pr_fingerprint=("#CC79A7", "participation"),
+    cross_architecture=("#56B4E9", "selectivity"),
+    attribution=("#000000", "attribution"),
+    random=("#999999", "random"),
 )
 
 
@@ -42,27 +34,30 @@ def plot_areas(m: Compared, task: str):
     "CPR of every ranking with its interval over batches, a panel for each replacement; best of the first on top."
     replacements = [r for t, r in asked(m) if t == task]
     order = winners(m, task, replacements[0])["ranking"].tolist()[::-1]
-    fig, axes = figure(1, len(replacements), width=6.6, height=3.6, sharey=True, squeeze=False)
+    fig, axes = figure(1, len(replacements), width=6.6, height=4.0, sharey=True, squeeze=False)
     for ax, replacement in zip(axes.flat, replacements):
         table = winners(m, task, replacement).set_index("ranking").reindex(order)
         for y, (name, r) in enumerate(table.iterrows()):
-            color = SECTION_COLORS[SIGNALS[name].section]
+            color = _SOURCES[SIGNALS[name].section][0]
             ax.plot([r.ci_low, r.ci_high], [y, y], color=color, linewidth=1.5)
             ax.plot(r.cpr, y, "o", color=color, markersize=5)
-        ax.set_title(f"{replacement} in place of other heads", fontsize=9)
+        ax.set_title(replacement, fontsize=9)
         ax.set_xlabel("CPR")
         ax.axvline(table.loc["random", "cpr"] if "random" in table.index else 0, color="#999999", linestyle=":")
         finite = table[["cpr", "ci_low", "ci_high"]].replace([np.inf, -np.inf], np.nan)
         ax.set_xlim(max(finite.min(axis=None), -1.0) - 0.1, min(finite.max(axis=None), 2.0) + 0.1)
     axes[0, 0].set_yticks(range(len(order)), [SIGNALS[n].label for n in order], fontsize=8)
-    fig.suptitle(literal(f"{m.info.name}, {task}"), fontsize=10)
+    fig.suptitle(literal(f"{m.info.name}, {task}; in place of the other heads stands their"), fontsize=10)
+    used = dict.fromkeys(SIGNALS[name].section for name in order[::-1])
+    marks = [Line2D([], [], marker="o", color=_SOURCES[s][0], label=_SOURCES[s][1]) for s in used]
+    fig.legend(handles=marks, fontsize=8, ncols=4, loc="outside lower center")
     return fig
 
 # %% ../../nbs/signals/figures.ipynb #figures-004
 def plot_curves(m: Compared, task: str, names: Sequence[str]):
     "f over the share of heads, mean and range over batches, a panel for each replacement."
     replacements = [r for t, r in asked(m) if t == task]
-    fig, axes = figure(1, len(replacements), width=6.6, height=3.0, sharey=True, squeeze=False)
+    fig, axes = figure(1, len(replacements), width=6.6, height=3.9, sharey=True, squeeze=False)
     styles = dict(zip(names, ("-", "--", "-.", ":", "-", "--", "-.", ":")))
     for ax, replacement in zip(axes.flat, replacements):
         c = m.curves[(m.curves["task"] == task) & (m.curves["replacement"] == replacement)]
@@ -73,11 +68,10 @@ def plot_curves(m: Compared, task: str, names: Sequence[str]):
             ax.fill_between(x, f["min"], f["max"], color=COLORS[n % len(COLORS)], alpha=0.15, linewidth=0)
             ax.set_xticks(x, [f"{100 * s:g}" for s in f.index], fontsize=8)
         ax.axhline(1, color="#999999", linestyle=":")
-        ax.set_ylim(-0.6, 1.6)
         ax.set_title(f"{replacement} in place of other heads", fontsize=9)
         ax.set_xlabel("% of the heads that are kept")
     axes[0, 0].set_ylabel("faithfulness f")
-    axes[0, 0].legend(fontsize=7)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
     return fig
 
 # %% ../../nbs/signals/figures.ipynb #figures-005

@@ -79,6 +79,7 @@ def plot_rankings(surveyed: Sequence[ModelSurvey]):
         ax.axvline(matched_k(len(c)) + 0.5, color="#999999", linestyle=":", linewidth=1.2)
         ax.set_title(literal(s.name), fontsize=9)
         ax.set_ylabel(s.ranked_by)
+        ax.margins(y=0.2)
     for ax in axes[-1]:
         ax.set_xlabel("rank")
     seen = {name for s in surveyed for name in s.classed["class"]}
@@ -124,7 +125,7 @@ def plot_bos_layers(surveyed: Sequence[ModelSurvey]):
     for ax in axes[-1]:
         ax.set_xlabel("layer")
     fig.supylabel("share of first-token heads", fontsize=10)
-    axes[0][0].legend(fontsize=8)
+    fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     return fig
 
 # %% ../../nbs/survey/figures.ipynb #figures-007

@@ -20,6 +20,13 @@ _SAID = dict(signal="signal set", all="all slices", random="random slices", froz
 _SHORT = {"destination": "query", "source": "key", "both": "both sides"}
 
 
+def control_means(table: pd.DataFrame) -> pd.DataFrame:
+    "Mean agreement of every ranking with removal over all readers and both sides: AUC and rank correlation."
+    rows = table[table["metric"].isin(["control_auc", "control_spearman"]) & (table["reader"] == "all readers")]
+    wide = rows.pivot(index="ranking", columns="metric", values="value").reindex(list(_SAID))
+    return wide.rename(index=_SAID, columns={"control_auc": "AUC", "control_spearman": "Spearman"})
+
+
 def control_figure(table: pd.DataFrame, metric: str = "auc") -> Any:
     "How well each ranking agrees with removal, by reader and side, from a long table; 0.5 (AUC) is chance."
     rows = table[table["metric"] == f"control_{metric}"]
@@ -61,7 +68,7 @@ def ablation_figure(effects: pd.DataFrame, column: str = "effect") -> Any:
     return fig
 
 # %% ../../nbs/tracing/section_figures.ipynb #secfig-005
-_KINDS = {"query": COLORS[1], "key": COLORS[0], "value": COLORS[2]}
+_KINDS = {"query": COLORS[1], "key": COLORS[0], "value": COLORS[2], "several": COLORS[3]}
 
 
 def flow_figure(graph: nx.DiGraph, n_edges: int = 16, title: str = "") -> Any:
@@ -70,13 +77,13 @@ def flow_figure(graph: nx.DiGraph, n_edges: int = 16, title: str = "") -> Any:
     total, table = max(table["flow"].sum(), 1e-12), table.head(n_edges)
     names = [literal(f"{r.upstream} > {r.downstream}@{r.role}") for r in table.itertuples()]
     fig, ax = figure(width=6.2, height=1.4 + 0.24 * max(len(names), 1))
-    kinds = [str(k) for k in table["reads"]]
-    colors = [_KINDS.get(kind, COLORS[3]) for kind in kinds]
+    kinds = [str(k) if str(k) in _KINDS else "several" for k in table["reads"]]
+    colors = [_KINDS[kind] for kind in kinds]
     ax.barh(range(len(names)), 100 * table["flow"] / total, color=colors)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     for kind in dict.fromkeys(kinds):
-        ax.barh([0], [0], color=_KINDS.get(kind, COLORS[3]), label=kind.replace("+", " and "))
+        ax.barh([0], [0], color=_KINDS[kind], label=kind)
     ax.set(xlabel="% of the flow in the graph", title=literal(title))
     ax.legend(fontsize=8, title="read as")
     return fig
