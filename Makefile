@@ -41,7 +41,7 @@ run: $(READY)    ## sweep the six sections over the shipped models, the report, 
 
 REAL := $(wildcard nbs/sweeps/real_*.yaml)
 
-real: $(READY)   ## the six sections on SmolLM2-135M, about 30 minutes; claims and tables to data/claims/real
+real: $(READY)   ## the six sections on SmolLM2-135M, about an hour; claims and tables to data/claims/real
 	@$(BIN)/spectral-sweep run $(REAL) --workers 1 --out data/runs/real; code=$$?; \
 	$(BIN)/python -m spectral_nb.dev.real_results data/runs/real && exit $$code
 
