@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 
 from spectral_nb import cross_architecture, norm_growth, pr_fingerprint, sparse_attention, svt, which_signal
+from spectral_nb.base.files import write_table
 from spectral_nb.base.paths import repo_root
 from spectral_nb.base.real_model import REAL_MODEL, real_file, real_part
+from spectral_nb.dev import real_results
 from spectral_nb.fingerprint.kept import kept_ratios
 from spectral_nb.survey.kept import kept_surveys
 from spectral_nb.sweeps.notebook import parameters_cell, read_notebook
@@ -39,6 +41,21 @@ def test_each_section_has_a_sweep_of_one_run_on_the_real_model(section):
     spec = load_spec(repo_root() / "nbs" / "sweeps" / f"real_{section}.yaml")
     [run] = expand(spec)
     assert spec.section == section and run["model_name"] == REAL_MODEL
+
+
+def test_sweeps_of_one_section_are_put_together(tmp_path, monkeypatch):
+    "A second sweep of section 6 replaces its own tasks' rows and leaves the others; other sections are replaced whole."
+    monkeypatch.setattr(real_results, "real_file", lambda section, part="": tmp_path / f"{section}{part}.parquet")
+    write_table(pd.DataFrame(dict(task=["ioi", "sva"], metric=[1.0, 2.0])), tmp_path / "which_signalcurves.parquet")
+    new = pd.DataFrame(dict(task=["sva", "sva"], metric=[3.0, 4.0]))
+    both = real_results.with_others("which_signal", "curves", new)
+    assert both.values.tolist() == [["ioi", 1.0], ["sva", 3.0], ["sva", 4.0]]
+    claims = pd.DataFrame(dict(task=["ioi", "ioi"], claim=["a", "b"], effect=[1.0, 2.0]))
+    write_table(claims, tmp_path / "which_signal.parquet")
+    both = real_results.with_others("which_signal", "", claims.tail(1).assign(effect=3.0))
+    assert both.effect.tolist() == [1.0, 3.0]
+    write_table(claims, tmp_path / "svt.parquet")
+    assert len(real_results.with_others("svt", "", claims.tail(1))) == 1
 
 
 def test_make_real_runs_them_and_keeps_the_tables():
@@ -74,7 +91,7 @@ def test_the_times_of_the_runs_are_kept():
     if not (path := Path(real_file("runs"))).is_file():
         pytest.skip("make real was not run")
     runs = pd.read_parquet(path)
-    assert (runs.model == REAL_MODEL).all() and runs.section.is_unique and runs.notna().all(axis=None)
+    assert (runs.model == REAL_MODEL).all() and runs.sweep.is_unique and runs.notna().all(axis=None)
 
 
 def test_ratios_are_of_raw_weights():

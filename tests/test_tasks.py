@@ -20,7 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spectral_nb.base.paths import reference_dir
 from spectral_nb.prompts.batches import PromptBatch
+from spectral_nb.prompts.counterfactuals import counterfactual
 from spectral_nb.prompts.grammar import BODIES, IOI_WORDINGS, NAMES, NOUNS, VERBS, lexicon, story_tokenizer
+from spectral_nb.prompts.counterfactuals import counterfactual
 from spectral_nb.prompts.bigrams import natural_bigrams
 from spectral_nb.prompts.own_prompts import from_file, from_prompts
 from spectral_nb.prompts.running_text import natural_text
@@ -682,3 +684,15 @@ def test_knowledge_tasks_with_the_tokenizer_of_smollm2(smollm2):
 def test_tasks_of_real_text_refuse_the_story_tokenizer(task):
     with pytest.raises(ValueError, match="tokenizer_or_model"):
         make_batch(task, STORY, 4)
+
+
+@pytest.mark.parametrize("task", ["greater_than", "pronouns"])
+def test_counterfactuals_of_tasks_for_real_tokenizers(task, gpt2):
+    "Another decade; a name of the other gender."
+    batch = make_batch(task, gpt2, 24, seed=2)
+    other, role = counterfactual(batch, 1), {"greater_than": "YY", "pronouns": "name"}[task]
+    changed, rows = batch.tokens != other.tokens, torch.arange(24)
+    assert (changed.sum(1) == 1).all() and changed[rows, batch.at(role)].all()
+    if task == "pronouns":
+        answers = {int(batch.tokens[i, batch.at(role)[i]]): int(batch.answer[i]) for i in range(24)}
+        assert all(answers[int(other.tokens[i, batch.at(role)[i]])] != int(batch.answer[i]) for i in range(24))

@@ -6,13 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/dev/real_results.ipynb #keep-003
-import shutil
 import sys
 from pathlib import Path
 
 import pandas as pd
 
-from ..base.files import atomic_path, read_json, read_table, write_table
+from ..base.files import read_json, read_table, write_table
 from ..base.real_model import real_file
 
 # %% ../../nbs/dev/real_results.ipynb #keep-004
@@ -24,8 +23,21 @@ KEPT = (
     "scores",
     "costs",
     "curves",
+    "edges",
 )  # tables of a run that are kept, where it has them
-_RUNS = "runs"  # seconds and memory of every section
+_RUNS = "runs"  # seconds and memory of every sweep
+_SEVERAL = ("which_signal",)  # sections with several sweeps, whose tables are put together
+_MEASURED = {"claims": ["task", "claim"], "table": ["task", "metric"]}  # what a new row replaces; else the task's rows
+
+
+def with_others(section: str, part: str, table: pd.DataFrame) -> pd.DataFrame:
+    "A run's table; of a section with several sweeps, behind those kept rows that it does not replace."
+    path = real_file(section, part)
+    if section not in _SEVERAL or not path.is_file():
+        return table
+    kept, keys = read_table(path), _MEASURED.get(part or "claims", ["task"])
+    others = ~pd.MultiIndex.from_frame(kept[keys]).isin(pd.MultiIndex.from_frame(table[keys]))
+    return pd.concat([kept[others], table], ignore_index=True)
 
 
 def keep_run(folder: Path) -> dict:
@@ -33,27 +45,25 @@ def keep_run(folder: Path) -> dict:
     record = read_json(folder / "run.json")
     for part in KEPT:
         if (source := folder / f"{part}.parquet").is_file():
-            target = real_file(record["section"], "" if part == "claims" else part)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(target) as temporary:
-                shutil.copy(source, temporary)
+            named = record["section"], "" if part == "claims" else part
+            real_file(*named).parent.mkdir(parents=True, exist_ok=True)
+            write_table(with_others(*named, read_table(source)), real_file(*named))
     measured = ("seconds", "cpu_seconds", "peak_memory_mb", "threads", "code_version", "weights_hash")
-    return dict(section=record["section"], model=record["parameters"]["model_name"]) | {
-        k: record.get(k) for k in measured
-    }
+    said = dict(sweep=folder.parent.name, section=record["section"], model=record["parameters"]["model_name"])
+    return said | {k: record.get(k) for k in measured}
 
 
 def keep_runs(out: str | Path) -> pd.DataFrame:
-    "Keep the newest finished run of every section of the sweeps in `out`; the table of their times and memory."
+    "Keep the newest finished run of every sweep in `out`; the table of their times and memory."
     files = sorted(Path(out).glob("*/*/run.json"), key=lambda p: p.stat().st_mtime_ns)
     done = [p.parent for p in files if read_json(p)["status"] == "done"]
-    newest = {read_json(p / "run.json")["section"]: p for p in done}
+    newest = {p.parent.name: p for p in done}
     if not newest:
         raise FileNotFoundError(f"out={str(out)!r} holds no finished run; `make real` makes them")
     runs = pd.DataFrame([keep_run(p) for p in newest.values()])
     path = real_file(_RUNS)
     if path.is_file():
-        runs = pd.concat([read_table(path), runs], ignore_index=True).drop_duplicates("section", keep="last")
+        runs = pd.concat([read_table(path), runs], ignore_index=True).drop_duplicates("sweep", keep="last")
     write_table(runs, path)
     return runs
 

@@ -16,8 +16,15 @@ from . import grammar
 from .batches import PromptBatch
 
 # %% ../../nbs/prompts/counterfactuals.ipynb #counterfactuals-003
-ANSWER_ROLES = {"ioi": "IO", "sva": "subject", "retrieval": "key", "induction": "B1"}  # where the answer stands
-_CHANGED = {"ioi": ("IO", "S1", "S2"), "sva": ("subject",), "retrieval": ("key",), "induction": ("B1",)}
+ANSWER_ROLES = {  # where the answer stands, or what decides it
+    "ioi": "IO",
+    "sva": "subject",
+    "retrieval": "key",
+    "induction": "B1",
+    "greater_than": "YY",
+    "pronouns": "name",
+}
+_CHANGED = {task: (role,) for task, role in ANSWER_ROLES.items()} | {"ioi": ("IO", "S1", "S2")}
 
 
 def _numbers(batch: PromptBatch) -> list[int]:
@@ -27,8 +34,10 @@ def _numbers(batch: PromptBatch) -> list[int]:
 
 
 def _pool(batch: PromptBatch, row: int) -> list[int]:
-    "Tokens that may stand in: of the replaced roles in the batch; for agreement, subjects of the other number."
+    "Tokens of the replaced roles in the batch that may stand in: nouns of the other number, names of the other gender."
     others = range(len(batch))
+    if batch.task == "pronouns":
+        others = [i for i in others if batch.answer[i] != batch.answer[row]]
     if batch.task == "sva":
         number = _numbers(batch)
         others = [i for i in others if number[i] != number[row]]
@@ -45,10 +54,10 @@ def _pool(batch: PromptBatch, row: int) -> list[int]:
 # %% ../../nbs/prompts/counterfactuals.ipynb #counterfactuals-004
 @checked
 def counterfactual(batch: PromptBatch, seed: int = 0) -> PromptBatch:
-    """`batch` with what decides the answer replaced: names by three others, a noun's number, a code word, a word.
+    """`batch` with what decides the answer replaced: names, a noun's number, a code word, a word, a decade.
 
-    As many tokens in the same places; answer and rival stay those of `batch`. For the tasks ioi, sva, retrieval and
-    induction. ValueError for another task, and where the batch has too few other words."""
+    As many tokens in the same places; answer and rival stay those of `batch`. For the tasks ioi, sva, retrieval,
+    induction, greater_than and pronouns. ValueError for another task, and where the batch has too few other words."""
     check_in("batch.task", batch.task, _CHANGED)
     rng, tokens = np.random.default_rng(check_int("seed", seed, 0)), batch.tokens.clone()
     for row in range(len(batch)):

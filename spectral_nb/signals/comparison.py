@@ -19,7 +19,6 @@ from ..prompts.tasks import make_batch
 from ..base.long_tables import long_table
 from ..base.progress import progress
 from ..causal.metrics import evaluate
-from ..prompts.counterfactuals import ANSWER_ROLES
 from .curves import Judge, areas
 from .registry import SIGNALS, rank_by
 from .screens import Screen
@@ -126,7 +125,7 @@ class Sizes:
 def sized(cfg: Any, model: Any) -> Sizes:
     "What `cfg` asks for, or the defaults for the model's size."
     large = model.cfg.n_layers * model.cfg.n_heads > _LARGE
-    tasks = tuple(cfg.tasks.split()) or (("ioi",) if large else tuple(ANSWER_ROLES))
+    tasks = tuple(cfg.tasks.split()) or (("ioi",) if large else ("ioi", "sva", "retrieval", "induction"))
     numbers = cfg.n_screen or (24 if large else 32), cfg.n_prompts or (16 if large else 32)
     return Sizes(tasks, *numbers, cfg.n_exact or (8 if large else numbers[0]))
 
