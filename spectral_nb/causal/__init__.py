@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "changed_runs": ["run_changed"],
         "changes": ["Changes"],
         "edge_attribution": ["attribute_edges"],
+        "edge_cuts": ["cut_edges"],
         "figures": ["plot_faithfulness"],
         "head_effects": ["single_heads"],
         "matched_sets": ["matched_random"],

@@ -20,19 +20,26 @@ from ..attention.activations import run_to
 from ..base.checks import check_in, parse_heads
 from .metrics import evaluate
 from ..models.records import model_info
+from ..prompts.counterfactuals import counterfactual
 
 # %% ../../nbs/causal/ablation.ipynb #ablation-004
 MODES = ("zero", "mean", "resample")
 RAW_ZERO = "zero_raw"  # zero of the raw weights, whichever are loaded
+PAIRED = "counterfactual"  # prompt i of the reference for prompt i, token by token
+COMPARED_MODES = (*MODES, PAIRED)
 
 # %% ../../nbs/causal/ablation.ipynb #ablation-005
 @dataclass(frozen=True)
 class HeadReference:
-    "Outputs of all heads on a reference batch, for `mean` and `resample` ablation."
+    "Outputs of all heads on a reference batch, for `mean`, `resample` and `counterfactual` ablation."
 
     z: Float[Tensor, "layer prompt pos head d_head"]
     mean: Float[Tensor, "layer head d_head"]  # over the real tokens of all prompts
     lengths: Int[Tensor, " prompt"]
+
+    def rows(self, some: slice) -> "HeadReference":
+        "Of some prompts; the mean stays that of all."
+        return HeadReference(self.z[:, some], self.mean, self.lengths[some])
 
 
 @checked
@@ -68,6 +75,13 @@ def replacement(
         return reference[layer, heads].to(z)
     if mode == "mean":
         return reference.mean[layer, heads].to(z)
+    if mode == PAIRED:
+        if reference.z.shape[1] != len(z) or reference.z.shape[2] < z.shape[1]:
+            raise ValueError(
+                f"reference: has {reference.z.shape[1]} prompts of up to {reference.z.shape[2]} tokens, this pass "
+                f"{len(z)} of {z.shape[1]}; mode={mode!r} needs as many prompts as a pass has, token for token"
+            )
+        return reference.z[layer][:, : z.shape[1]][:, :, heads].to(z)
     donors = torch.randint(len(reference.lengths), (len(z),), generator=torch.Generator().manual_seed(seed))
     pos = torch.minimum(torch.arange(z.shape[1]), (reference.lengths.cpu() - 1)[donors, None])
     return reference.z[layer][donors[:, None], pos][:, :, heads].to(z)
@@ -90,6 +104,38 @@ def run_once(model, reference, mode: str):
         return reference
     return reference_outputs(model, reference)
 
+
+def reference_of(model, batch, reference, mode: str):
+    "The reference of `batch`: what is given, else its counterfactuals or the batch itself; run once, pairs checked."
+    if reference is None:
+        reference = counterfactual(batch) if mode == PAIRED else batch
+    reference = run_once(model, reference, mode)
+    if mode == PAIRED:
+        lengths, own = reference.lengths.cpu().tolist(), batch.lengths.cpu().tolist()
+        if len(lengths) != len(own):
+            raise ValueError(
+                f"reference: has {len(lengths)} prompts for {len(own)} of the batch; mode={mode!r} pairs them"
+            )
+        if unlike := [i for i, (a, b) in enumerate(zip(lengths, own)) if a != b]:
+            i = unlike[0]
+            raise ValueError(
+                f"reference: prompt {i} has {lengths[i]} tokens, its pair {own[i]}; mode={mode!r} needs the same"
+            )
+    return reference
+
+
+def prepared(model, batch, reference, mode: str):
+    "A reference run once; of the mode that pairs prompts, `reference_of`."
+    return reference_of(model, batch, reference, mode) if mode == PAIRED else run_once(model, reference, mode)
+
+
+def parts_with(batch, reference, mode: str, batch_size: int = 256):
+    "(part, what replaces its heads): batches of at most `batch_size` prompts; of a paired reference, their rows."
+    for start in range(0, len(batch), batch_size):
+        rows = slice(start, start + batch_size)
+        paired = mode == PAIRED and reference is not None
+        yield batch.subset(rows), reference.rows(rows) if paired else reference
+
 # %% ../../nbs/causal/ablation.ipynb #ablation-008
 @checked
 @contextmanager
@@ -97,12 +143,13 @@ def ablate_heads(model, heads, mode: str = "zero", reference=None, seed: int = 0
     """Within the block, the output of `heads` (pairs or names such as `"L0H1 L2H3"`) is replaced.
 
     `mode`: `"zero"` (of the weights as loaded), `"zero_raw"` (of the raw weights: folded heads keep no value bias),
-    `"mean"` and `"resample"`, which need `reference`, a batch or a `HeadReference`.
+    `"mean"`, `"resample"` and `"counterfactual"` (prompt i of the reference for prompt i of a pass), which need
+    `reference`, a batch or a `HeadReference`.
     The model is restored on leaving, whatever happened. ValueError for a head that does not exist or is named twice,
     an unknown mode, and a mode without the reference that it needs."""
-    check_in("mode", mode, (*MODES, RAW_ZERO))
+    check_in("mode", mode, (*COMPARED_MODES, RAW_ZERO))
     pairs = parse_heads(heads, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
-    if mode in ("mean", "resample") and reference is None:
+    if mode in COMPARED_MODES[1:] and reference is None:
         raise ValueError(f"reference: mode={mode!r} needs a reference batch")
     reference = run_once(model, reference, mode)
     by_layer: dict[int, list[int]] = {}
@@ -123,5 +170,8 @@ def ablated_values(
     model, batch, heads, metric="accuracy", *, mode: str = "zero", reference=None, seed: int = 0
 ) -> np.ndarray:
     "`metric` of every prompt without `heads`."
-    with ablate_heads(model, heads, mode, reference, seed):
-        return evaluate(model, batch, metric)
+    reference, parts = prepared(model, batch, reference, mode), []
+    for part, mine in parts_with(batch, reference, mode):
+        with ablate_heads(model, heads, mode, mine, seed):
+            parts.append(evaluate(model, part, metric))
+    return np.concatenate(parts)

@@ -18,7 +18,7 @@ from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from ..base.intervals import bootstrap_ci
 from ..base.progress import progress
-from .ablation import MODES, replacement, run_once
+from .ablation import COMPARED_MODES, parts_with, reference_of, replacement
 from .head_effects import single_heads
 from .metrics import read_hooks, read_tensor, refuse_layers
 
@@ -72,20 +72,22 @@ def attribute_heads(
     """Estimated harm of ablating each head alone: columns layer, head, effect, ci_low, ci_high, as of `single_heads`.
 
     `method` is "atp", "atp-ig" (`steps` points) or "exact"; `metric` one with a gradient: logit_diff, answer_logprob or
-    loss (any for "exact"); `mode` as in `ablate_heads`, `reference` is `batch` itself where none is given."""
+    loss (any for "exact"); `mode` as in `ablate_heads`; without `reference` it is `batch` itself, or the batch's
+    `counterfactual`."""
     check_in("method", method, METHODS)
-    check_in("mode", mode, MODES)
+    check_in("mode", mode, COMPARED_MODES)
     check_int("steps", steps, 1)
     if method != "exact":
         check_in("metric", metric, ("logit_diff", "answer_logprob", "loss"))
-    reference = run_once(model, batch if reference is None else reference, mode)
+    reference = reference_of(model, batch, reference, mode)
     if method == "exact":
         return single_heads(model, batch, metric, mode=mode, reference=reference, batch_size=batch_size)
     n = 1 if method == "atp" else steps
     levels = [1.0] if method == "atp" else [(i + 0.5) / n for i in range(n)]
     parts = []
-    for part in progress(list(batch.batches(check_int("batch_size", batch_size, 1))), desc="attribution"):
-        stand_ins = stand_ins_of(model, part, mode, reference, 0)
+    given = list(parts_with(batch, reference, mode, check_int("batch_size", batch_size, 1)))
+    for part, mine in progress(given, desc="attribution"):
+        stand_ins = stand_ins_of(model, part, mode, mine, 0)
         parts.append(sum(gate_gradients(model, part, metric, stand_ins, level)[0] for level in levels) / n)
     harm = torch.cat(parts).double().cpu().numpy() * (-1.0 if metric == "loss" else 1.0)  # [prompt layer head]
     rows = [(*h, *bootstrap_ci(harm[:, *h], n_resamples=500)) for h in np.ndindex(*harm.shape[1:])]

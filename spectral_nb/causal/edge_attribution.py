@@ -19,7 +19,7 @@ from ..attention.components import centred, read_gain
 from ..base.arguments import checked
 from ..base.checks import check_in, check_int
 from ..base.progress import progress
-from .ablation import MODES, run_once
+from .ablation import COMPARED_MODES, parts_with, reference_of
 from .attribution import stand_ins_of
 from .metrics import read_hooks, read_tensor
 from ..models.architectures import ArchSpec
@@ -104,15 +104,16 @@ def attribute_edges(
     `method` is "atp" or "atp-ig" (`steps` points); `kind` query, key or value, where `head` is a key-value head for the
     last two. `metric`: logit_diff, answer_logprob or loss; `mode` and `reference` as in `attribute_heads`."""
     check_in("method", method, ("atp", "atp-ig"))
-    check_in("mode", mode, MODES)
+    check_in("mode", mode, COMPARED_MODES)
     check_in("metric", metric, ("logit_diff", "answer_logprob", "loss"))
     steps = check_int("steps", steps, 1)
     n = 1 if method == "atp" else steps
     levels = [1.0] if n == 1 and method == "atp" else [(i + 0.5) / n for i in range(n)]
-    reference = run_once(model, batch if reference is None else reference, mode)
+    reference = reference_of(model, batch, reference, mode)
     total: dict[tuple[int, str], Tensor] = {}
-    for part in progress(list(batch.batches(check_int("batch_size", batch_size, 1))), desc="edges"):
-        stand_ins, mean = stand_ins_of(model, part, mode, reference, 0), {}
+    given = list(parts_with(batch, reference, mode, check_int("batch_size", batch_size, 1)))
+    for part, mine in progress(given, desc="edges"):
+        stand_ins, mean = stand_ins_of(model, part, mode, mine, 0), {}
         for level in levels:
             for at, g in side_gradients(model, part, metric, stand_ins, level).items():
                 mean[at] = mean.get(at, 0) + g / n

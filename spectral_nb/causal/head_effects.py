@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from ..base.arguments import checked
-from ..base.checks import check_in, parse_heads
+from ..base.checks import check_in, check_int, parse_heads
 from ..base.intervals import bootstrap_ci
-from .ablation import MODES, run_once
+from .ablation import COMPARED_MODES, PAIRED, parts_with, prepared
 from .head_runs import head_values
 from .metrics import evaluate, harm
 
@@ -33,16 +33,16 @@ def single_heads(
 
     Effects are harm in the metric's unit, with 95 % bootstrap intervals over prompts. `mode`, `reference` as in
     `ablate_heads`; `batch_size` prompts at a time. Each pass starts at the head's layer (`head_runs`)."""
-    check_in("mode", mode, MODES)
+    check_in("mode", mode, COMPARED_MODES)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     heads = [(ly, h) for ly in range(n_layers) for h in range(n_heads)] if heads is None else heads
     pairs = parse_heads(heads, n_layers=n_layers, n_heads=n_heads)
-    if mode != "zero" and reference is None:
+    if mode not in ("zero", PAIRED) and reference is None:
         raise ValueError(f"reference: mode={mode!r} needs a reference batch")
-    reference = run_once(model, reference, mode)
+    reference = prepared(model, batch, reference, mode)
     baseline, parts = evaluate(model, batch, metric), []
-    for part in batch.batches(batch_size):
-        parts.append(head_values(model, part, pairs, metric, mode, reference, seed))
+    for part, mine in parts_with(batch, reference, mode, check_int("batch_size", batch_size, 1)):
+        parts.append(head_values(model, part, pairs, metric, mode, mine, seed))
     rows = []
     for pair in pairs:
         ablated = np.concatenate([values[pair] for values in parts])

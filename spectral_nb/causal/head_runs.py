@@ -92,7 +92,7 @@ def head_values(model, part, heads, metric, mode: str, reference, seed: int) -> 
         for some in (mine[i : i + size] for i in range(0, len(mine), size)):
             given = [(head, replacement(z, layer, [head], mode, reference, seed)) for head in some]
             stand_ins = [(head, value[..., 0, :] if torch.is_tensor(value) else value) for head, value in given]
-            how = dict(metric=metric, shared=mode != "resample")
+            how = dict(metric=metric, shared=mode in ("zero", "mean"))
             values = runs_without(model, part, before, z, layer, stand_ins, **how)
             found |= {(layer, head): v for (head, _), v in zip(stand_ins, values)}
     return found

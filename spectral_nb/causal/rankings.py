@@ -16,7 +16,7 @@ import pandas as pd
 from ..base.arguments import checked
 from ..base.checks import check_float, check_in, head_name, parse_heads
 from ..base.intervals import Interval, bootstrap_ci
-from .ablation import MODES, ablated_values, run_once
+from .ablation import COMPARED_MODES, ablated_values, reference_of
 from .metrics import METRICS, evaluate
 
 # %% ../../nbs/causal/rankings.ipynb #rankings-004
@@ -70,14 +70,14 @@ def faithfulness(
     """How much of the metric the first heads of a ranking keep, all others ablated.
 
     `ranking`: every head, best first, or a table with layer, head, effect. `sizes`: shares of all heads, from 0 to 1.
-    `mode` as in `ablate_heads`; `reference` is `batch` itself where none is given. ValueError for a ranking that lacks
-    heads, and where the model without heads does as well as the whole (f is undefined)."""
+    `mode` as in `ablate_heads`; without `reference` it is `batch` itself, or the batch's `counterfactual`.
+    ValueError for a ranking that lacks heads, and where the model does as well without heads (f is undefined)."""
     check_in("metric", metric, METRICS)
-    check_in("mode", mode, MODES)
+    check_in("mode", mode, COMPARED_MODES)
     pairs = ranked_heads(ranking, model.cfg.n_layers, model.cfg.n_heads)
     sizes = sorted({0.0, 1.0, *(check_float("sizes", s, 0, 1) for s in sizes)})
     counts = [round(s * len(pairs)) for s in sizes]
-    reference = run_once(model, batch if reference is None else reference, mode)
+    reference = reference_of(model, batch, reference, mode)
     how, known = dict(mode=mode, reference=reference, seed=seed), {len(pairs): evaluate(model, batch, metric)}
     for k in counts:
         if k not in known:

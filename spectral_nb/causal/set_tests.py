@@ -17,7 +17,7 @@ from jaxtyping import Float
 from ..base.arguments import checked
 from ..base.checks import check_in, check_int, parse_heads
 from ..base.intervals import Interval, bootstrap_ci, exact_p
-from .ablation import MODES, RAW_ZERO, ablated_values, run_once
+from .ablation import COMPARED_MODES, RAW_ZERO, ablated_values, prepared
 from .matched_sets import head_list, matched_random
 from .metrics import evaluate, harm, metric_interval
 
@@ -117,7 +117,7 @@ class AblationResult:
 class AblationOptions:
     "How a set of heads is tested."
 
-    mode: str = "zero"  # or mean, resample
+    mode: str = "zero"  # or mean, resample, counterfactual
     n_draws: int = 20  # matched random sets
     seed: int = 0
     exclude: tuple = ()  # heads that no random set may hold
@@ -125,7 +125,7 @@ class AblationOptions:
     selective: bool = False  # the set was picked for a signal
 
     def __post_init__(self):
-        check_in("mode", self.mode, (*MODES, RAW_ZERO))
+        check_in("mode", self.mode, (*COMPARED_MODES, RAW_ZERO))
         check_in("match", self.match, ("layer", "model"))
         check_int("n_draws", self.n_draws, 1)
         parse_heads(self.exclude, "exclude")
@@ -177,7 +177,7 @@ def ablation_test(
     if draws is None:
         matched = dict(n_heads=n_heads, n_layers=n_layers, exclude=options.exclude, match=options.match)
         draws = matched_random(pairs, options.n_draws, seed, **matched)
-    how = dict(metric=metric, mode=options.mode, reference=run_once(model, reference, options.mode), seed=seed)
+    how = dict(metric=metric, mode=options.mode, reference=prepared(model, batch, reference, options.mode), seed=seed)
     without = partial(ablated_values, model, batch, **how)
     baseline, ablated = evaluate(model, batch, metric), without(pairs)
     draws = tuple(tuple(parse_heads(d, "draws")) for d in draws)
