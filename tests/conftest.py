@@ -1,9 +1,11 @@
 "Fixtures shared by all tests: tiny random models of every architecture, and the reference data where it is there."
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema would build a parser of web addresses with it for 3 s
 
 import matplotlib
 import pytest

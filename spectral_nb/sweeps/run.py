@@ -82,6 +82,18 @@ def _watched(request: RunRequest, words: dict):
         kill_processes(words)
 
 # %% ../../nbs/sweeps/run.ipynb #run-006
+def _papermill():
+    "papermill, imported without the grammar of web addresses, which jsonschema would build for three seconds."
+    grammar = "rfc3987_syntax"  # notebooks need none: jsonschema takes it where it is installed
+    sys.modules.setdefault(grammar, None)
+    try:
+        import papermill
+    finally:
+        if sys.modules.get(grammar, ...) is None:
+            sys.modules.pop(grammar, None)
+    return papermill
+
+
 def _engine(request: RunRequest, environment: dict, lock: int, folder: str):
     "papermill's engine with a kernel of this Python that inherits the run's lock and is spoken to through `folder`."
     from jupyter_client.kernelspec import KernelSpec
@@ -132,8 +144,8 @@ def cut(text: str, length: int = 2000) -> str:
 
 def _execute_notebook(request: RunRequest, environment: dict, lock: int) -> dict:
     "Execute the notebook; says how it ended."
+    papermill = _papermill()
     import nbformat
-    import papermill
     from papermill.engines import papermill_engines
 
     path = re.sub(
