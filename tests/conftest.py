@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)
 
 # Files that take longest come first, so that no worker of pytest-xdist begins one of them at the end.
-SLOW_FILES = ("arguments", "sweeps_kills", "website", "sweeps", "sweeps_faults", "real_models", "cross_architecture")
+SLOW_FILES = """sweeps_kills website sweeps arguments real_models sweeps_faults hub wheel families sweeps_distributed
+no_remote_code circuits svt sweep_report cross_architecture faults norm_growth pr_fingerprint causal""".split()
 D_VOCAB, N_CTX = 97, 32
 ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "qwen3", "olmo", "olmoe")
 
