@@ -13,11 +13,13 @@ from spectral_nb.causal.changed_runs import run_changed
 from spectral_nb.causal.changes import Changes
 from spectral_nb.causal.reached import replaced_forwards
 from spectral_nb.attention.activations import capture
+from spectral_nb.attention.components import component_outputs
 from spectral_nb.attention.pairs import Pairs
 from spectral_nb.attention.terms import slice_terms, slice_vectors
 from spectral_nb.tracing.interventions import edge_interventions
 from spectral_nb.tracing.projections import INTERVENTIONS, ONE_SIDED
 from spectral_nb.tracing.projections import edge_vectors, random_slices
+from spectral_nb.tracing.signal_vectors import edge_signals
 from spectral_nb.tracing.sets import additivity, edge_sets, set_interventions
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.heads import head_weights
@@ -110,7 +112,7 @@ def test_one_sided_interventions_equal_one_pass_per_edge(architecture):
     model = expanded(architecture)
     model, single = model if isinstance(model, tuple) else (model, model)
     batch, edges = traced(model)
-    kinds = [k for k in ONE_SIDED if k[2] == "traced"]
+    kinds = [k for k in ONE_SIDED if k[2] == "traced" and k[1] != "side"]
     table = edge_interventions(model, batch, edges, kinds=kinds, batch_size=16)
     keys = ["prompt", "layer", "head", "q_pos", "k_pos", "token", "upstream"]
     index = list(edges[keys].itertuples(index=False, name=None))
@@ -161,6 +163,137 @@ def test_local_score_change_is_bilinear(architecture):
     np.testing.assert_allclose(
         got.loc[index].to_numpy(), expected.numpy(), atol=2e-3 * max(1.0, terms.abs().max().item() / spec.d_head**0.5)
     )
+
+
+UP = ["prompt", "layer", "head", "q_pos", "k_pos", "kind", "upstream"]
+
+
+def with_values(model, n: int = 2, length: int = 7):
+    "A batch and edges of all kinds, from heads and from everything else."
+    batch = toy_batch(random_tokens(n, length), [length, length - 2])
+    options = TraceOptions(threshold=0.35, share=0.9, values=True, components="all")
+    edges = trace(model, batch, firing_roots(model, batch, options), options)
+    kinds = (
+        edges["upstream"].astype(str).str.replace(r"^L\d+", "", regex=True).where(edges["upstream_head"] < 0, "head")
+    )
+    groups = edges.groupby([edges["kind"].astype(str), kinds])  # a few rows of every kind and component
+    return batch, edges.loc[groups.head(2).index].reset_index(drop=True)
+
+
+def dense_signal(model, batch, row) -> torch.Tensor:
+    "What a value edge carries, from the dense product of the weights."
+    w = head_weights(model, row.layer)
+    U, _, _ = torch.linalg.svd(torch.cat([w.W_V[row.head], w.b_V[row.head][None]]) @ w.W_O[row.head])
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row.value_slices), np.uint8)).astype(bool)
+    U = U[:-1, : len(bits)][:, torch.tensor(bits)]
+    found = component_outputs(model, batch, row.layer)
+    return U @ (U.T @ found.values[found.labels.index(row.upstream), row.prompt, row.position])
+
+
+def whole_pass(model, batch, row, h, action: str, scope: str) -> float:
+    "Logit difference of one pass, the upstream component's or the reader's values changed by a hook."
+    sign, t = 1.0 if action == "boost" else -1.0, row.position
+    up = row.upstream_layer
+    if scope == "global":
+        hook = "attn_out" if row.upstream_head >= 0 or row.upstream.endswith("bias") else "mlp_out"
+        name = "hook_embed" if row.upstream == "embed" else f"blocks.{up}.hook_{hook}"
+        name = "hook_pos_embed" if row.upstream == "pos_embed" else name
+
+        def change(x, hook):
+            if len(x) > 1 or x.shape[1] <= t:
+                return x
+            return x.index_put((torch.tensor([0]), torch.tensor([t])), sign * h, accumulate=True)
+
+        hooks = [(name, change)]
+    else:
+        spec, w = ArchSpec.from_model(model), head_weights(model, row.layer)
+        scale = capture(model, batch).ln_scale[row.layer, row.prompt, t]
+        delta = (h - h.mean() if "layernorm" in spec.norm else h) / scale
+        pattern = capture(model, batch).pattern[row.layer, row.prompt, row.head]
+        W = {"query": w.W_Q, "key": w.W_K, "value": w.W_V}[row.kind][row.head]
+
+        def at_side(x, hook):
+            x = x.clone()
+            x.view(*x.shape[:2], -1, spec.d_head)[0, t, row.head] += sign * delta @ W
+            return x
+
+        def at_output(z, hook):  # of a head that shares its values with others: through its own attention alone
+            z = z.clone()
+            z[0, :, row.head] += sign * pattern[: z.shape[1], t, None] * (delta @ W)
+            return z
+
+        block = f"blocks.{row.layer}.attn.hook_"
+        shared = spec.n_key_value_heads < spec.n_heads
+        hooks = [(block + "z", at_output)] if row.kind == "value" and shared else [(block + row.kind[0], at_side)]
+    with torch.no_grad():
+        logits = model.run_with_hooks(batch.tokens[row.prompt : row.prompt + 1], fwd_hooks=hooks)
+    end = logits[0, batch.positions["end"][row.prompt]]
+    return (end[batch.answer[row.prompt]] - end[batch.wrong[row.prompt]]).item()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "llama"])
+def test_edges_of_values_and_of_other_components_equal_whole_passes(architecture):
+    "Learned positions; parallel attention and MLP; grouped heads with rotary positions and RMSNorm."
+    model = peaked(architecture)
+    batch, edges = with_values(model)
+    others = set(edges.loc[edges["upstream_head"] < 0, "upstream"].astype(str))
+    assert others >= {"embed", "L0.mlp"} and set(edges["kind"]) == {"query", "key", "value"}
+    shared = architecture == "llama"
+    kinds = [("ablate", "global", "traced"), ("boost", "side", "traced"), ("boost", "local", "traced")]
+    table = edge_interventions(model, batch, edges, kinds=kinds, batch_size=7).astype({"kind": str, "upstream": str})
+    signals = edge_signals(model, batch, edges, batch_size=2)
+    for h, row in zip(signals, edges.astype({"kind": str, "upstream": str}).itertuples()):
+        if row.kind == "value":
+            torch.testing.assert_close(h, dense_signal(model, batch, row), atol=1e-4, rtol=1e-4)
+        mine = table[(table[UP] == [getattr(row, c) for c in UP]).all(axis=1)].set_index("scope")["metric_after"]
+        got = [whole_pass(model, batch, row, h, "ablate", "global")]
+        assert mine["global"] == pytest.approx(got[0], abs=2e-4)
+        if not shared or row.kind != "key":  # a shared key cannot be changed for one head by a hook at the keys
+            assert mine["side"] == pytest.approx(whole_pass(model, batch, row, h, "boost", "side"), abs=2e-4)
+        if row.kind == "value":
+            assert mine["local"] == pytest.approx(mine["side"], abs=1e-6)
+    for scope in ("global", "side"):
+        moved = table[table["scope"] == scope].groupby("kind")["effect"].apply(lambda e: e.abs().max())
+        assert (moved > 1e-3).all()
+
+
+def test_value_edges_score_nothing_and_have_a_control_of_their_own():
+    model = peaked("llama")
+    batch, edges = with_values(model)
+    value = edges[edges["kind"] == "value"]
+    table = edge_interventions(model, batch, value, kinds=[k for k in INTERVENTIONS if k[1] == "local"])
+    assert table["score_effect"].abs().max() < 1e-4
+    traced, random = (table[table["slices"] == s].reset_index(drop=True) for s in ("traced", "random"))
+    assert (random["n_slices"] <= traced["n_slices"]).all() and (traced["n_slices"] == traced["n_slices"]).all()
+    bits = [bin(int(s, 16)).count("1") for s in value["value_slices"]]
+    assert traced["n_slices"][: len(value)].tolist() == bits
+    with pytest.raises(ValueError, match="'side' is what each edge is of"):
+        edge_interventions(model, batch, value, kinds=[("boost", "key", "random")])
+    with pytest.raises(ValueError, match="have no value_slices"):
+        edge_interventions(model, batch, value.drop(columns="value_slices"))
+    with pytest.raises(ValueError, match="no set of 8 slices"):
+        edge_interventions(model, batch, value.assign(value_slices="zz"))
+
+
+def test_a_planted_value_path_is_causal_alone_and_in_sets():
+    p = planted("values", 6)
+    edges = trace(p.model, p.batch, p.roots, values=True)
+    table = edge_interventions(p.model, p.batch, edges, seed=1)
+    mine = table[(table["kind"] == "value") & (table["action"] == "ablate")]
+    effect = mine.groupby(["upstream", "scope", "slices"], observed=True)["effect"].mean()
+    assert {u for u, *_ in effect.index} == {"L0H1", "L1H2"}
+    assert (effect.xs("traced", level="slices") < -1).all() and (effect.xs("random", level="slices").abs() < 0.1).all()
+    sets = edge_sets(edges)
+    assert sets["serial L0H1 > L1H2 > L2H1@end (value, value)"][1] == ("L1H2", "L2H1", "end", "value")
+    both = set_interventions(p.model, p.batch, edges, sets, kinds=[("ablate", "local", "traced")])
+    alone = both[both["member"] == "L1H2 > L2H1 > end > value"].set_index(["set", "prompt"])["effect"]
+    one = mine[(mine["upstream"] == "L1H2") & (mine["scope"] == "local") & (mine["slices"] == "traced")]
+    one = one.set_index("prompt")["effect"]
+    for name, g in alone.groupby(level="set"):
+        np.testing.assert_allclose(
+            g.droplevel("set").sort_index(), one.loc[sorted(g.droplevel("set").index)], atol=1e-5
+        )
+    assert len(alone)
 
 
 def test_planted_edges_are_causal_and_random_slices_are_not():
@@ -312,8 +445,13 @@ def test_bad_input():
         edge_interventions(p.model, p.batch, edges, kinds=[("remove", "global", "traced")])
     with pytest.raises(ValueError, match="token"):
         edge_interventions(p.model, p.batch, edges.drop(columns="token"))
-    with pytest.raises(ValueError, match="L0.mlp"):
-        edge_interventions(p.model, p.batch, edges.assign(upstream="L0.mlp", upstream_head=-1))
+    for other in ("L0.mpl", "pos_embd", "L9.mlp"):
+        with pytest.raises(ValueError, match=f"{other} are no components"):
+            edge_interventions(p.model, p.batch, edges.assign(upstream=other, upstream_head=-1))
+    with pytest.raises(ValueError, match="L1.mlp stands in layer 1, not 0"):
+        edge_interventions(p.model, p.batch, edges.assign(upstream="L1.mlp", upstream_head=-1, upstream_layer=0))
+    with pytest.raises(ValueError, match="kind that does not read"):
+        edge_interventions(p.model, p.batch, edges.assign(kind="query"))
     assert len(edge_interventions(p.model, p.batch, edges[:0])) == 0
     for size in (-1, 0):
         with pytest.raises(ValueError, match="batch_size"):

@@ -23,11 +23,11 @@ from ..models.verification import qk_norm_scales, score_hooks
 @checked
 @dataclass(frozen=True)
 class Changes:
-    "Vectors to add, each in a run of one prompt: at the attention output of `layer`, or at the input of `head` alone."
+    "Vectors to add, each in a run of one prompt: to the stream, or to the input of `head` of `layer` alone."
 
     run: Int[Tensor, "n"]
     layer: Int[Tensor, "n"]
-    head: Int[Tensor, "n"]  # -1: the layer's attention output
+    head: Int[Tensor, "n"]  # -1: the layer's attention output; -2: the stream before the layer
     pos: Int[Tensor, "n"]
     vector: Float[Tensor, "n d_model"]
     read: Int[Tensor, "n"] | None = None  # of a head's input: 0 all of it (as None), 1 query, 2 key, 3 value alone
@@ -99,7 +99,7 @@ class _LocalChange:
 
 
 def _add_output(changes: Changes):
-    "Hook that adds global changes to a layer's attention output."
+    "Hook that adds global changes."
 
     def hook_fn(value, hook):
         return value.index_put((changes.run, changes.pos), changes.vector.to(value), accumulate=True)
@@ -112,9 +112,11 @@ def change_hooks(model, changes: Changes) -> list:
     hooks = []
     for layer in changes.layer.unique().tolist():
         here = changes.layer == layer
-        outputs, inputs = changes.select(here & (changes.head < 0)), changes.select(here & (changes.head >= 0))
+        inputs = changes.select(here & (changes.head >= 0))
         if len(inputs.run):
             hooks += _LocalChange(model, layer, inputs).hooks()
-        if len(outputs.run):
-            hooks.append((f"blocks.{layer}.hook_attn_out", _add_output(outputs)))
+        for head, name in ((-1, "hook_attn_out"), (-2, "hook_resid_pre")):
+            added = changes.select(here & (changes.head == head))
+            if len(added.run):
+                hooks.append((f"blocks.{layer}.{name}", _add_output(added)))
     return hooks

@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "recursion": ["trace", "trace_tables"],
         "roots": ["find_roots", "logit_attribution"],
         "sentence": ["draw_sentence"],
+        "signal_vectors": ["edge_signals"],
         "sets": ["additivity", "edge_sets", "set_interventions"],
     },
 )

@@ -27,7 +27,7 @@ from spectral_nb.base.progress import progress
 from spectral_nb.models.architectures import ArchSpec
 from spectral_nb.models.records import model_info
 from spectral_nb.tracing.edge_tables import TOKENS
-from spectral_nb.tracing.projections import index_tensors
+from spectral_nb.tracing.written import index_tensors
 from spectral_nb.tracing.reading import masked_readings, slice_mask
 from spectral_nb.tracing.upstream import contributions, head_outputs
 

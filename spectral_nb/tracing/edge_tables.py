@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Bool, UInt8
+from torch import Tensor
 
 # %% ../../nbs/tracing/edge_tables.ipynb #edge-tables-004
 EDGE_COLUMNS = (
@@ -79,3 +82,29 @@ def role_places(batch: Any) -> tuple[np.ndarray, list[str]]:
         rows = np.flatnonzero(pos >= 0)
         at[rows, pos[rows]] = n
     return at, names
+
+# %% ../../nbs/tracing/edge_tables.ipynb #edge-tables-sets
+def packed(mask: Bool[Tensor, "n sv"]) -> UInt8[Tensor, "n byte"]:
+    "Sets of slices, eight a byte."
+    return torch.from_numpy(np.packbits(mask.cpu().numpy(), axis=1))
+
+
+def set_names(sets: UInt8[np.ndarray, "n byte"]) -> np.ndarray:
+    "Packed sets in hexadecimal; an empty set is an empty string."
+    found, which = np.unique(sets, axis=0, return_inverse=True)
+    return np.array([row.tobytes().hex() if row.any() else "" for row in found], dtype=object)[which.ravel()]
+
+
+def named_sets(names: Any, n_slices: int) -> Bool[Tensor, "n sv"]:
+    "The sets that `set_names` named; ValueError for what is none of `n_slices` slices."
+    size, rows = -(-n_slices // 8), []
+    for name in map(str, names):
+        try:
+            row = bytes.fromhex(name) or bytes(size)
+        except ValueError:
+            row = b""
+        bits = np.unpackbits(np.frombuffer(row, np.uint8))
+        if len(row) != size or bits[n_slices:].any():
+            raise ValueError(f"edges: value_slices {name!r} is no set of {n_slices} slices as trace writes it")
+        rows.append(bits[:n_slices])
+    return torch.tensor(np.array(rows, dtype=bool).reshape(-1, n_slices))

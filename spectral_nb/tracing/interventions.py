@@ -19,21 +19,14 @@ from torch import Tensor
 from ..base.arguments import checked
 from ..attention.activations import Activations, capture
 from ..attention.pairs import Pairs, pair_scores
-from ..base.checks import check_in, check_int, head_name
+from ..base.checks import check_int, head_name
 from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
 from ..causal.metrics import metric_values
 from ..models.architectures import ArchSpec
 from .options import TraceOptions
-from spectral_nb.tracing.projections import (
-    EDGE_KEYS,
-    INTERVENTIONS,
-    ONE_SIDED,
-    as_read,
-    checked_edges,
-    edge_vectors,
-    index_tensors,
-)
+from .projections import EDGE_KEYS, as_read, checked_edges, checked_kinds, edge_vectors, sides
+from .written import index_tensors, written_hooks
 
 # %% ../../nbs/tracing/interventions.ipynb #interventions-005
 @dataclass(frozen=True)
@@ -46,6 +39,7 @@ class Part:
     streams: Float[Tensor, "layer_plus_1 batch pos d_model"]  # before every layer, and after the last
     residual: Float[Tensor, "layer batch pos d_model"]  # after attention
     metric: np.ndarray
+    read: dict[str, Tensor]  # what embeddings and MLPs wrote, where they are upstream
 
 
 def _refuse_other_attention(acts: Activations, edges: pd.DataFrame) -> None:
@@ -64,7 +58,7 @@ def _refuse_other_attention(acts: Activations, edges: pd.DataFrame) -> None:
 
 @torch.inference_mode()
 def intervened_parts(model, batch, edges: pd.DataFrame, metric, batch_size: int) -> Iterable[Part]:
-    "Batches of prompts that have edges, with their unchanged activations and metrics."
+    "Batches of prompts that have edges, with their unchanged activations and metrics (none for None)."
     layers = range(ArchSpec.from_model(model).n_layers)
     before = [*(f"blocks.{layer}.hook_resid_pre" for layer in layers), f"blocks.{layers[-1]}.hook_resid_post"]
     written = [f"blocks.{layer}.hook_attn_out" for layer in layers]
@@ -74,52 +68,63 @@ def intervened_parts(model, batch, edges: pd.DataFrame, metric, batch_size: int)
             continue
         part = batch.subset(slice(start, start + batch_size))
         tokens = part.tokens.to(model.cfg.device)
-        logits, cache = model.run_with_cache(tokens, names_filter=lambda n: n in (*before, *written))
+        others = written_hooks(rows)
+        logits, cache = model.run_with_cache(tokens, names_filter=[*before, *written, *others.values()])
         streams = torch.stack([cache[name] for name in before])
         residual = torch.stack([stream + cache[name] for stream, name in zip(streams, written)]).float()
         acts = capture(model, part, logits=False)
         local = rows.assign(place=rows["prompt"], prompt=rows["prompt"] - start)
         _refuse_other_attention(acts, local)
-        yield Part(local, part, acts, streams, residual, metric_values(logits, part, metric))
+        read = {label: cache[name] for label, name in others.items()}
+        values = np.zeros(0) if metric is None else metric_values(logits, part, metric)
+        yield Part(local, part, acts, streams, residual, values, read)
 
 # %% ../../nbs/tracing/interventions.ipynb #interventions-006
-def change_of(model, part: Part, rows: pd.DataFrame, h: Tensor, scope: str) -> tuple[Tensor, Tensor, Tensor]:
-    "(layer, head, vector) of the change that adds `h`."
-    layer, head, up_layer, prompt, pos = index_tensors(rows, "layer", "head", "upstream_layer", "prompt", "position")
-    if scope == "global":
-        return up_layer, torch.full_like(layer, -1), h
-    return layer, head, as_read(model, h, part.acts.ln_scale[layer, prompt, pos])
+def change_of(model, part: Part, rows: pd.DataFrame, h: Tensor, scope: str) -> tuple[Tensor, ...]:
+    "(layer, head, vector, read), as `Changes` has them, of the change that adds `h`."
+    layer, head, up_layer, up_head, prompt, pos = index_tensors(
+        rows, "layer", "head", "upstream_layer", "upstream_head", "prompt", "position"
+    )
+    if scope != "global":
+        side = sides(rows)
+        read = {"local": torch.where(side == 2, 3, 0), "side": side + 1}.get(scope)
+        read = torch.full_like(side, {"query": 1, "key": 2}[scope]) if read is None else read
+        return layer, head, as_read(model, h, part.acts.ln_scale[layer, prompt, pos]), read
+    behind = (up_head < 0) & ~torch.tensor(np.array(rows["upstream"].astype(str).str.endswith(".bias")))
+    return up_layer + behind, torch.where(behind, -2, -1), h, torch.zeros_like(layer)
 
 
 def touched(part: Part, rows: pd.DataFrame, scope: str) -> Tensor:
     "The residual (global) or normalised input (local) that a change is added to."
-    layer, up_layer, prompt, pos = index_tensors(rows, "layer", "upstream_layer", "prompt", "position")
-    return part.residual[up_layer, prompt, pos] if scope == "global" else part.acts.x[layer, prompt, pos]
+    layer, up_layer, up_head, prompt, pos = index_tensors(
+        rows, "layer", "upstream_layer", "upstream_head", "prompt", "position"
+    )
+    if scope != "global":
+        return part.acts.x[layer, prompt, pos]
+    other = (up_head < 0)[:, None]
+    after = part.streams[up_layer + 1, prompt, pos].float()
+    return torch.where(other, after, part.residual[up_layer.clamp_min(0), prompt, pos])
 
 
-def checked_kinds(kinds) -> list[tuple[str, str, str]]:
-    "`INTERVENTIONS` for None; ValueError for one that is neither of these nor `ONE_SIDED`."
-    given = list(INTERVENTIONS if kinds is None else kinds)
-    if not given:
-        raise ValueError("kinds is empty; name at least one or leave it out for all")
-    return [
-        check_in("kinds", tuple(k) if isinstance(k, (list, tuple)) else k, (*INTERVENTIONS, *ONE_SIDED)) for k in given
-    ]
+def part_vectors(model, part: Part, options: TraceOptions, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    "`edge_vectors` of one batch of prompts."
+    how = dict(rule=options.rule, homogeneous=options.homogeneous, seed=seed)
+    return edge_vectors(model, part.acts, part.edges, read=part.read, **how)
 
 # %% ../../nbs/tracing/interventions.ipynb #interventions-007
 def _kind_changes(model, part: Part, kind: tuple[str, str, str], vectors: dict) -> tuple[tuple, pd.DataFrame]:
     "Of one kind: (layer, head, pos, vector, read) of every row's change; the table's columns that need no run."
     (action, scope, slices), rows = kind, part.edges
     h, n_slices = vectors[slices]
-    layer, head, vector = change_of(model, part, rows, h, scope)
+    layer, head, vector, read = change_of(model, part, rows, h, scope)
     vector = vector * (1.0 if action == "boost" else -1.0)
     (pos,), old = index_tensors(rows, "position"), touched(part, rows, scope)
     new = old + vector
     columns = dict(action=action, scope=scope, slices=slices, n_slices=n_slices.cpu().numpy())
     columns["cosine"] = torch.cosine_similarity(old, new, dim=-1).cpu().numpy()
     columns["norm_ratio"] = (new.norm(dim=-1) / old.norm(dim=-1)).cpu().numpy()
-    read = torch.full_like(pos, {"query": 1, "key": 2}.get(scope, 0))
-    return (layer, head, pos, vector, read), rows[list(EDGE_KEYS)].assign(**columns)
+    keys = [*EDGE_KEYS, *(["kind"] if "kind" in rows else [])]
+    return (layer, head, pos, vector, read), rows[keys].assign(**columns)
 
 
 def _part_table(model, part: Part, vectors: dict, kinds: list, metric, batch_size: int) -> pd.DataFrame:
@@ -165,17 +170,16 @@ def edge_interventions(
 
     Of `options`, rule and homogeneous count: those of the trace.
 
-    `kinds`: some of `INTERVENTIONS` (all by default) and `ONE_SIDED`, which change the reader's query or key alone.
+    `kinds`: some of `INTERVENTIONS` (all by default) and `ONE_SIDED`, which change the reader's query, key or value.
     Adds columns action, scope, slices, n_slices, metric_before, metric_after, effect,
     score_before, score_after, score_effect (scores over sqrt(d_head), of the downstream head), cosine and norm_ratio of
     the touched residual. Random slices belong to the edge and `seed`. ValueError for edges of other weights or another
-    batch, acausal ones, and components that are no heads."""
-    edges, kinds, tables = checked_edges(model, batch, edges), checked_kinds(kinds), []
+    batch, acausal ones, components that the model lacks, value edges without their slices."""
+    edges, tables = checked_edges(model, batch, edges), []
+    kinds = checked_kinds(kinds, edges)
     check_int("seed", seed, 0)
     for part in intervened_parts(model, batch, edges, metric, batch_size):
-        vectors = edge_vectors(
-            model, part.acts, part.edges, rule=options.rule, homogeneous=options.homogeneous, seed=seed
-        )
+        vectors = part_vectors(model, part, options, seed)
         table = _part_table(model, part, vectors, kinds, metric, batch_size)
         table["prompt"] = np.tile(edges.loc[part.edges.index, "prompt"].to_numpy(), len(kinds))
         tables.append(table)

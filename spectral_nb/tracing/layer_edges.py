@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..attention.activations import Activations
@@ -29,6 +29,7 @@ class Read:
     bias: Float[Tensor, "side n"]  # what the appended 1 adds, where it is asked for
     signal: Float[Tensor, "side n"]
     n_slices: Int[Tensor, "side n"]
+    value_mask: Bool[Tensor, "n sv"] | None = None  # slices of W_OV in the signal sets
 
 
 def read_by(model: Any, acts: Activations, pairs: Pairs, directions: Tensor | None, options: TraceOptions) -> Read:
@@ -40,7 +41,7 @@ def read_by(model: Any, acts: Activations, pairs: Pairs, directions: Tensor | No
         return Read(qk.vectors, bias, qk.signal, n_slices)
     v = value_readings(model, acts, pairs, directions, options.rule)
     three = ((qk.vectors, v.vectors), (bias, torch.zeros_like(v.bias)), (qk.signal, v.signal), (n_slices, v.n_slices))
-    return Read(*(torch.cat([a, b[None]]) for a, b in three))
+    return Read(*(torch.cat([a, b[None]]) for a, b in three), v.mask)
 
 # %% ../../nbs/tracing/layer_edges.ipynb #layer-edges-006
 _FLOOR = 1e-5  # of the signal: contributions below are rounding

@@ -25,7 +25,7 @@ from ..base.progress import progress
 from ..models.architectures import ArchSpec
 from ..models.records import current_info
 from .descent import Descent, among_firings, arrived, send
-from .edge_tables import EDGE_COLUMNS, KINDS, TOKENS, role_places
+from .edge_tables import EDGE_COLUMNS, KINDS, TOKENS, packed, role_places, set_names
 from .layer_edges import Read, layer_edges, read_by
 from .options import TraceOptions
 from .roots import find_roots, root_firings, root_weights
@@ -112,6 +112,10 @@ def _layer_step(
     edges = layer_edges(read, p, sweep.got.upstream, acts.x.shape[2], options)
     if edges:
         edges |= {k: v[edges["pair"]] for k, v in firing.items()}
+        if read.value_mask is not None:
+            edges["value_slices"] = (
+                packed(read.value_mask).to(edges["side"].device)[edges["pair"]] * (edges["side"] == 2)[:, None]
+            )
         _send_edges(sweep, edges, read, importance, options)
     return {k: v for k, v in edges.items() if k not in ("pair", "row")}, visited
 
@@ -140,7 +144,8 @@ _INTEGERS = (*_INTEGERS, "n_slices", "n_value_slices")
 
 def _table(columns: list[dict[str, Tensor]], places: Int[Tensor, "part"]) -> pd.DataFrame:
     "One table of the layers' columns, the prompts by their `places` in the whole batch."
-    table = pd.DataFrame({k: torch.cat([c[k] for c in columns]).cpu().numpy() for k in columns[0]})
+    joined = {k: torch.cat([c[k] for c in columns]).cpu().numpy() for k in columns[0]}
+    table = pd.DataFrame({k: set_names(v) if k == "value_slices" else v for k, v in joined.items()})
     for k in set(_INTEGERS) & set(table):
         table[k] = table[k].astype(np.int32)
     table["prompt"] = places.numpy().astype(np.int32)[table["prompt"]]
@@ -157,7 +162,7 @@ def _joined(tables: list[pd.DataFrame], columns: Iterable[str]) -> pd.DataFrame:
 def _label(table: pd.DataFrame, model, batch, upstream: Upstream) -> pd.DataFrame:
     "The columns of `EDGE_COLUMNS` from indices."
     info, (role_at, roles) = current_info(model), role_places(batch)
-    out = pd.DataFrame({c: table[c] for c in table if c in EDGE_COLUMNS})
+    out = pd.DataFrame({c: table[c] for c in table if c in (*EDGE_COLUMNS, "value_slices")})
     component = table["component"].to_numpy(dtype=np.int64)
     side = table["side"].to_numpy(np.int8)
     out["kind"] = pd.Categorical.from_codes(side, KINDS)
@@ -173,7 +178,7 @@ def _label(table: pd.DataFrame, model, batch, upstream: Upstream) -> pd.DataFram
         ("weights_hash", info.weights_hash),
     ):
         out[name] = pd.Categorical.from_codes(np.zeros(len(out), np.int8), [value])
-    return out[list(EDGE_COLUMNS)]
+    return out[[*EDGE_COLUMNS, *(["value_slices"] if "value_slices" in out else [])]]
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-009
 def _never_firing(roots, firing: pd.DataFrame, batch, options: TraceOptions) -> None:
@@ -257,7 +262,8 @@ def trace(
 ) -> pd.DataFrame:
     """Edges of the singular vector trace of `batch`, one row for each firing and significant upstream component.
 
-    Columns are `EDGE_COLUMNS`; `kind` is query, key or (with `values=True`) value. `roots`: heads to start from, names
+    Columns are `EDGE_COLUMNS`; `kind` is query, key or (with `values=True`) value, whose `value_slices` are the set
+    of slices. `roots`: heads to start from, names
     or pairs, or None for `find_roots`. `changes` are fields of `TraceOptions`. ValueError for a root that does not
     exist or never fires, and for a role that the task lacks."""
     return trace_tables(model, batch, roots, options, **changes)[0]

@@ -20,42 +20,51 @@ from ..base.intervals import bootstrap_ci
 from ..causal.changed_runs import run_changed
 from ..causal.changes import Changes
 from .edge_tables import check_edges, downstream_names
-from .interventions import Part, change_of, checked_kinds, intervened_parts
+from .interventions import Part, change_of, intervened_parts, part_vectors
 from .options import TraceOptions
-from .projections import INTERVENTIONS, checked_edges, edge_vectors, index_tensors
+from .projections import INTERVENTIONS, checked_edges, checked_kinds, of_values
+from .written import index_tensors
 
 # %% ../../nbs/tracing/sets.ipynb #sets-004
+def _key(edge: Any) -> tuple[str, ...]:
+    "A graph edge as a member of a set."
+    return (edge.upstream, edge.downstream, edge.role, *(["value"] if edge.value else []))
+
+
+def _set_name(form: str, path: str, edges: list) -> str:
+    "Name of a set; of edges into values it says so."
+    kinds = ", ".join("value" if e.value else "attention" for e in edges)
+    return f"{form} {path}@{edges[-1].role}" + (f" ({kinds})" if any(e.value for e in edges) else "")
+
+
 @checked
 def edge_sets(
     edges: pd.DataFrame, n_sets: int = 3, size: int = 3, min_count: int = 1
-) -> dict[str, list[tuple[str, str, str]]]:
+) -> dict[str, list[tuple[str, ...]]]:
     """The heaviest parallel and serial sets of a trace: name -> graph edges (upstream, downstream, role).
 
-    `n_sets` of each form at most; `size` bounds the parallel ones; `min_count`: prompts of an edge."""
+    An edge into values has "value" behind its role. `n_sets` of each form at most; `size` bounds the parallel ones;
+    `min_count`: prompts of an edge."""
     check_int("size", size, 1)
     check_edges(edges)
     named = edges.assign(downstream=downstream_names(edges), **{c: edges[c].astype(str) for c in ("upstream", "role")})
-    grouped = named[named["role"] != ""].groupby(["upstream", "downstream", "role"])
+    named["value"] = of_values(edges)
+    grouped = named[named["role"] != ""].groupby(["upstream", "downstream", "role", "value"])
     table = grouped.agg(count=("prompt", "nunique"), total=("contribution", "sum")).reset_index()
     table = table[table["count"] >= min_count].sort_values("total", ascending=False)
-    groups = [
-        (f"parallel {d}@{r}", g.head(size))
-        for (d, r), g in table.groupby(["downstream", "role"], sort=False)
-        if len(g) > 1
-    ]
-    sets = {name: list(zip(g["upstream"], g["downstream"], g["role"])) for name, g in groups[:n_sets]}
+    readers = table.groupby(["downstream", "role", "value"], sort=False)
+    groups = [list(g.head(size).itertuples()) for _, g in readers if len(g) > 1]
     chains = [(lo, hi) for hi in table.itertuples() for lo in table.itertuples() if lo.downstream == hi.upstream]
+    sets = {_set_name("parallel", g[0].downstream, g[-1:]): g for g in groups[:n_sets]}
     for lo, hi in chains[:n_sets]:
-        sets[f"serial {lo.upstream} > {hi.upstream} > {hi.downstream}@{hi.role}"] = [
-            (e.upstream, e.downstream, e.role) for e in (lo, hi)
-        ]
-    return sets
+        sets[_set_name("serial", f"{lo.upstream} > {hi.upstream} > {hi.downstream}", [lo, hi])] = [lo, hi]
+    return {name: [_key(e) for e in members] for name, members in sets.items()}
 
 # %% ../../nbs/tracing/sets.ipynb #sets-005
-def _rows_of(edges: pd.DataFrame, key: tuple[str, str, str]) -> pd.Series:
-    "Rows of a graph edge (upstream, downstream, role)."
+def _rows_of(edges: pd.DataFrame, key: tuple[str, ...]) -> pd.Series:
+    'Rows of a graph edge (upstream, downstream, role) into queries and keys, or of one with "value" behind it.'
     same = (edges["upstream"].astype(str) == key[0]) & (downstream_names(edges) == key[1])
-    return same & (edges["role"].astype(str) == key[2])
+    return same & (edges["role"].astype(str) == key[2]) & (of_values(edges) == (key[3:] == ("value",)))
 
 
 def _set_changes(
@@ -67,11 +76,11 @@ def _set_changes(
     for n, keep in enumerate(members.values()):
         at = np.flatnonzero(keep & part.edges["prompt"].isin(prompts))
         rows = part.edges.iloc[at]
-        layer, head, vector = change_of(model, part, rows, vectors[torch.as_tensor(at)], scope)
+        layer, head, vector, read = change_of(model, part, rows, vectors[torch.as_tensor(at)], scope)
         slot = torch.as_tensor(np.searchsorted(prompts, rows["prompt"]), dtype=torch.long)
         (pos,) = index_tensors(rows, "position")
         for lane in (n, len(members)):
-            pieces.append((slot + lane * len(prompts), layer, head, pos, sign * vector))
+            pieces.append((slot + lane * len(prompts), layer, head, pos, sign * vector, read))
     changes = Changes(*(torch.cat(p) for p in zip(*pieces)))
     return torch.tensor(prompts, dtype=torch.long).repeat(len(members) + 1), changes
 
@@ -106,14 +115,17 @@ def set_interventions(
 ) -> pd.DataFrame:
     """Members of each set alone and together, on prompts where all were traced.
 
+    `sets` is as of `edge_sets`; a member (upstream, downstream, role) is the edges into queries and keys, with "value"
+    behind it those into values.
+
     Of `options`, rule and homogeneous count.
 
     Columns set, member ('' is all together), prompt, action, scope, slices, effect (change of the metric)."""
     edges, tables = checked_edges(model, batch, edges), []
-    kinds = checked_kinds([k for k in INTERVENTIONS if k[2] == "traced"] if kinds is None else kinds)
+    kinds = checked_kinds(kinds, edges, [k for k in INTERVENTIONS if k[2] == "traced"])
     how = dict(metric=metric, batch_size=batch_size)
     for part in intervened_parts(model, batch, edges, metric, batch_size):
-        vectors = edge_vectors(model, part.acts, part.edges, rule=options.rule, homogeneous=options.homogeneous)
+        vectors = part_vectors(model, part, options)
         first = int(edges.loc[part.edges.index[0], "prompt"] - part.edges["prompt"].iat[0])
         for name, keys in sets.items():
             for kind in kinds:

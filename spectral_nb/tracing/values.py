@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..attention.activations import Activations
@@ -29,7 +29,12 @@ class ValueReadings:
     vectors: Float[Tensor, "n d_model"]  # read at the source, attention and the norm's scale included
     bias: Float[Tensor, "n"]  # what the biases add: of values, and of a norm that is not folded
     signal: Float[Tensor, "n"]  # sum over the signal set
-    n_slices: Int[Tensor, "n"]
+    mask: Bool[Tensor, "n sv"]  # the signal set
+
+    @property
+    def n_slices(self) -> Int[Tensor, "n"]:
+        "How many slices are in the signal set."
+        return self.mask.sum(-1)
 
 
 def value_svd(model: Any, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,4 +85,4 @@ def value_readings(
     for head, at in _heads(pairs):
         vectors[at], bias[at] = weight[at] @ inner[head].T, weight[at] @ constant[head]
     vectors = vectors / acts.ln_scale[i, pairs.prompt, pairs.k_pos].unsqueeze(1)
-    return ValueReadings(vectors, bias, (weight * read).sum(-1), mask.sum(-1))
+    return ValueReadings(vectors, bias, (weight * read).sum(-1), mask)
