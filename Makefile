@@ -57,7 +57,7 @@ lint: $(READY)
 	$(BIN)/ruff check spectral_nb tests
 
 pytest: $(READY)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 tests
 
 nbtest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)

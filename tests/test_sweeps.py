@@ -211,7 +211,7 @@ def test_console(toy, tmp_path, capsys):
     file = tmp_path / "toy.yaml"
     file.write_text("notebook: 90_toy\nparameters: {wait: 1e-2}\ngrid: {x: [1, 2]}\n")
     out = ["--out", str(tmp_path / "console")]
-    assert main([str(file), *out, "--workers", "2", "--quiet"]) == 0
+    assert main([str(file), *out, "--executor", "serial", "--quiet"]) == 0  # with workers: test_sweeps_kills
     said = capsys.readouterr().out
     assert "2 runs: 2 done (0 done before)" in said and "results.parquet" in said and "notebook.ipynb" in said
     for command in ("plan", "status", "collect", "clean"):

@@ -1,7 +1,6 @@
 "The same sweep on a `distributed` cluster: a scheduler and two workers as processes of their own, on loopback."
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from sweep_toy import finish, finished_runs, noted, start_sweep, wait_for, write
 
 import spectral_nb.sweeps.schedule as schedule
 from spectral_nb.sweeps import load_results
+from spectral_nb.sweeps import command
 from spectral_nb.sweeps.command import main
 
 
@@ -77,10 +77,13 @@ def test_a_killed_worker_loses_nothing(cluster, tmp_path):
     assert workers[1].poll() is None  # the other worker, and the cluster, live on
 
 
-def test_local_cluster(tmp_path):
-    file, out, log = toy_file(tmp_path, 2, 0.2)
-    assert main([str(file), "--local-cluster", "2", "--out", str(out), "--quiet"]) == 0
-    assert set(load_results(out).query("metric == 'threads'").value) <= set(range(1, (os.cpu_count() or 1) + 1))
+def test_local_cluster_means_workers(tmp_path, monkeypatch):
+    "`--local-cluster N` is `--workers N`, which other tests run for real."
+    seen = []
+    monkeypatch.setattr(command, "run_sweeps", lambda files, workers, **more: seen.append((files, workers, more)) or [])
+    for option in ("--local-cluster", "--workers"):
+        assert main(["toy.yaml", option, "3", "--quiet"]) == 0
+    assert seen[0] == seen[1] and seen[0][:2] == (["toy.yaml"], 3)
 
 
 def test_cluster_that_is_not_there(tmp_path, capsys, monkeypatch):

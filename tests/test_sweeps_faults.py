@@ -267,6 +267,20 @@ def test_two_signals_in_a_row_stop_a_sweep(toy, tmp_path):
     wait_for(lambda: not any(psutil.pid_exists(pid) for _, _, pid, _ in noted(tmp_path / "log")), timeout=20)
 
 
+def test_a_signal_whose_exception_was_lost_ends_the_sweep(toy, monkeypatch):
+    "It rose inside a callback, which swallowed it: what the signal noted is looked at, too."
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(schedule, "PATIENCE_S", 1.0)
+    schedule.STOP.set()
+    try:
+        with LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster:
+            with pytest.raises(KeyboardInterrupt):
+                run_sweep(toy(), scheduler=cluster, progress="none")
+    finally:
+        schedule.STOP.clear()
+
+
 # The command
 
 
