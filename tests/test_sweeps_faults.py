@@ -18,6 +18,7 @@ from sweep_toy import finish, finished_runs, noted, start_sweep, wait_for, write
 
 import spectral_nb.sweeps.schedule as schedule
 from spectral_nb.sweeps import clean_sweep, load_results, load_spec, run_sweep, sweep_status
+from spectral_nb.sweeps import command
 from spectral_nb.sweeps.command import main
 from spectral_nb.sweeps.plan import RunRequest, plan_runs
 from spectral_nb.sweeps.run import RunKilled, execute_run
@@ -265,6 +266,22 @@ def test_two_signals_in_a_row_stop_a_sweep(toy, tmp_path):
     code, said = finish(sweep, timeout=120)
     assert code == 130 and "interrupted" in said and "Traceback" not in said, said
     wait_for(lambda: not any(psutil.pid_exists(pid) for _, _, pid, _ in noted(tmp_path / "log")), timeout=20)
+
+
+def test_a_second_signal_leaves_the_end_alone(monkeypatch):
+    "It comes while the first one's exception cleans up."
+    ended = []
+
+    def stopped_twice(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append("cleaned up")
+
+    monkeypatch.setattr(command, "run_sweeps", stopped_twice)
+    assert main(["toy.yaml"]) == 130 and ended == ["cleaned up"]
 
 
 def test_a_signal_whose_exception_was_lost_ends_the_sweep(toy, monkeypatch):
