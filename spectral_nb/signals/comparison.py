@@ -24,7 +24,7 @@ from .registry import SIGNALS, rank_by
 from .screens import Screen
 
 # %% ../../nbs/signals/comparison.ipynb #comparison-004
-_JUDGES = 1000  # added to the seed for the first batch that judges
+JUDGES = 1000  # added to the seed for the first batch that judges
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def long_scores(scores: dict) -> pd.DataFrame:
 def compare_task(screen: Screen, known: dict, cfg: Any) -> tuple[pd.DataFrame, ...]:
     "(scores, costs, curves) of one task under one replacement; `cfg` is a `which_signal.WhichSignalConfig`."
     sizes, task = sized(cfg, screen.model), screen.batch.task
-    seeds = [cfg.seed + _JUDGES + i for i in range(cfg.n_batches)]
+    seeds = [cfg.seed + JUDGES + i for i in range(cfg.n_batches)]
     batches = [make_batch(task, screen.model, sizes.n_prompts, seed=s) for s in seeds]
     scores, costs = ranked(screen, cfg.rankings.split() or list(SIGNALS), cfg.n_draws, known)
     curves = judged(screen, scores, batches).assign(n_prompts=sizes.n_prompts)
@@ -162,20 +162,24 @@ def compare_model(cfg: Any, name: str, skipped: dict) -> Compared | None:
 def compare_models(cfg: Any, skipped: dict | None = None) -> list[Compared]:
     "Every model of `cfg`, a `WhichSignalConfig`; what cannot be asked goes into `skipped`, with its reason."
     skipped = {} if skipped is None else skipped
+    if "heads" not in cfg.parts.split():
+        return []
     found = [compare_model(cfg, name, skipped) for name in cfg.model_name.split()]
     return [m for m in found if m is not None]
 
 
+_STAMP = ("name", "revision", "processing", "weights_hash")
+
+
 def stamped(found: list[Compared], part: str) -> pd.DataFrame:
     "Scores, costs or curves of all models, with the model's name, revision, processing and hash."
-    names = ("name", "revision", "processing", "weights_hash")
     return pd.concat(
-        [getattr(m, part).assign(**{k: getattr(m.info, k) for k in names}) for m in found], ignore_index=True
+        [getattr(m, part).assign(**{k: getattr(m.info, k) for k in _STAMP}) for m in found], ignore_index=True
     )
 
 # %% ../../nbs/signals/comparison.ipynb #comparison-010
-def compared_table(found: list[Compared]) -> pd.DataFrame:
-    "Everything measured, one number a row: areas and points of the curves, costs, scores."
+def compared_table(found: list[Compared], edges: pd.DataFrame) -> pd.DataFrame:
+    "Everything measured, one number a row: areas and points of the curves, costs, scores, harm of cut edges."
     tables = []
     for m in found:
         keys = ["task", "replacement", "ranking", "draw", "batch", "n_prompts"]
@@ -186,4 +190,10 @@ def compared_table(found: list[Compared]) -> pd.DataFrame:
         cost = m.costs.melt(keys[:3], ["forward", "backward", "seconds", "peak_mb"], "metric", "value")
         score = m.scores.rename(columns={"score": "value"}).assign(metric="score")
         tables.append(long_table([wide, curve, cost, score], m.info))
+    for _, of_model in edges.groupby("name", sort=False) if len(edges) else ():
+        said = ModelInfo(**{k: of_model[k].iloc[0] for k in _STAMP}, step=None, tokens=None)
+        harm = of_model.drop(columns=list(_STAMP)).rename(columns={"harm": "value"}).assign(metric="edge_harm")
+        tables.append(long_table([harm], said))
+    if not tables:
+        raise ValueError("tasks: no model solves any of them; there is nothing to compare")
     return pd.concat(tables, ignore_index=True)

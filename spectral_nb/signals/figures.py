@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from ..base.labels import literal
 from ..base.plots import COLORS, figure
 from .comparison import Compared
-from .findings import asked, winners
+from .edge_comparison import EDGE_RANKINGS
+from .findings import asked, edge_table, winners
 from .registry import SIGNALS
 
 # %% ../../nbs/signals/figures.ipynb #figures-003
@@ -89,4 +90,23 @@ def plot_everywhere(compared: Sequence[Compared], names: Sequence[str], replacem
     said = [literal(f"{m.info.name}, {task}") for m, task in columns]
     ax.set_xticks(range(len(columns)), said, rotation=90, fontsize=7)
     ax.grid(False)
+    return fig
+
+# %% ../../nbs/signals/figures.ipynb #figures-edges
+def plot_edges(edges: pd.DataFrame):
+    "Mean fall of the logit difference over the first edges of every ranking, a panel for each replacement."
+    replacements = list(edges["replacement"].unique())
+    fig, axes = figure(1, len(replacements), width=6.6, height=2.6, sharey=True, squeeze=False)
+    order = edge_table(edges[edges["replacement"] == replacements[0]])["ranking"].tolist()[::-1]
+    for ax, replacement in zip(axes.flat, replacements):
+        table = edge_table(edges[edges["replacement"] == replacement]).set_index("ranking")
+        for y, name in enumerate(order):
+            r = table.loc[name]
+            color = _SOURCES["random" if name == "random" else "attribution" if name.startswith("atp") else "svt"][0]
+            ax.plot([r.ci_low, r.ci_high], [y, y], color=color, linewidth=1.5)
+            ax.plot(r.harm, y, "o", color=color, markersize=5)
+        ax.axvline(0, color="#999999", linestyle=":")
+        ax.set_title(f"{replacement} in place of what is cut", fontsize=9)
+        ax.set_xlabel("logits that an edge costs")
+    axes[0, 0].set_yticks(range(len(order)), [EDGE_RANKINGS[n][0] for n in order], fontsize=8)
     return fig

@@ -17,6 +17,7 @@ from ..base.claims import differs
 from ..base.intervals import Interval
 from .comparison import Compared
 from .curves import over_batches
+from .edge_comparison import EDGE_RANKINGS
 from .registry import SIGNALS
 
 # %% ../../nbs/signals/findings.ipynb #findings-003
@@ -124,4 +125,41 @@ def signal_claims(compared: Sequence[Compared]) -> pd.DataFrame:
                 both = (wide[one] - wide[other]).dropna()
                 say = dict(side="greater", unit="difference of CPR", n=len(both), published="")
                 rows.append({"model": m.info.name, "task": task} | differs(text, over_batches(both), 0.0, **say))
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/signals/findings.ipynb #findings-edges-2
+def edge_harm(edges: pd.DataFrame) -> pd.DataFrame:
+    "Mean fall of the logit difference over the first edges of every ranking: name, task, replacement, batch, ranking."
+    keys = ["name", "task", "replacement", "batch"]
+    return edges.pivot_table(index=keys, columns="ranking", values="harm", sort=False).reset_index()
+
+
+def edge_table(edges: pd.DataFrame) -> pd.DataFrame:
+    "ranking, label, harm with ci_low and ci_high over batches, of one model, task and replacement; the largest first."
+    wide = edge_harm(edges)
+    rows = [(n, EDGE_RANKINGS[n][0], *over_batches(wide[n])) for n in EDGE_RANKINGS if n in wide]
+    table = pd.DataFrame(rows, columns=["ranking", "label", "harm", "ci_low", "ci_high"])
+    return table.sort_values("harm", ascending=False, ignore_index=True)
+
+
+_EDGE_PAIRS = (
+    ("flow", "atp_ig", "The first traced edges, by flow, cost more when cut than the first by integrated gradients"),
+    ("flow", "contribution", "Edges that come first by flow cost more when cut than those by summed contribution"),
+    ("flow", "random", "The first edges by flow cost more when cut than random edges"),
+)
+
+
+def edge_claims(edges: pd.DataFrame) -> pd.DataFrame:
+    "The sentences of `_EDGE_PAIRS` for every model, task and replacement: as `signal_claims`."
+    if edges.empty:
+        return pd.DataFrame()
+    rows = []
+    for (name, task, replacement), wide in edge_harm(edges).groupby(["name", "task", "replacement"], sort=False):
+        stands = "mean" if replacement == "mean" else "counterfactual"
+        for one, other, text in _EDGE_PAIRS:
+            if not {one, other} <= set(wide.dropna(axis=1)):  # a trace may have no edge at all
+                continue
+            both, said = wide[one] - wide[other], f"{text} ({stands} in place of what is cut)"
+            how = dict(side="greater", unit="logits an edge", n=len(both), published="")
+            rows.append(dict(model=name, task=task) | differs(said, over_batches(both), 0.0, **how))
     return pd.DataFrame(rows)

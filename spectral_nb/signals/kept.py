@@ -6,12 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/signals/kept.ipynb #kept-002
+import pandas as pd
+
 from ..base.real_model import REAL_MODEL, real_part
 from ..models.records import ModelInfo
 from .comparison import Compared
 
 # %% ../../nbs/signals/kept.ipynb #kept-003
 _SECTION = "which_signal"
+
+
+def kept_edges(but: str = "") -> pd.DataFrame:
+    "The kept comparison of edges of the real model, empty if it is among the models `but` or none is kept."
+    return pd.DataFrame() if REAL_MODEL in but.split() else real_part(_SECTION, "edges")
 
 
 def kept_comparison(but: str = "") -> list[Compared]:
