@@ -34,7 +34,7 @@ class WhichSignalConfig:
     n_prompts: int = 0  # of each batch that judges; 0: 32, or 16 above 100 heads
     n_batches: int = 5  # that judge, two at least: the interval is over them
     n_draws: int = 20  # random rankings
-    n_edges: int = 20  # the first of every ranking of edges, each cut alone
+    n_edges: int = 0  # the first of every ranking of edges, each cut alone; 0: 5, or 20 above 100 heads
     n_exact: int = 0  # prompts of exact ablations; 0: all that rank, or 8 above 100 heads
     steps: int = 8  # of integrated gradients
 
@@ -46,7 +46,7 @@ class WhichSignalConfig:
         for name, known in allowed.items():
             for word in getattr(self, name).split():
                 check_in(name, word, known)
-        lows = dict(seed=0, n_screen=0, n_prompts=0, n_batches=2, n_draws=1, n_edges=1)
+        lows = dict(seed=0, n_screen=0, n_prompts=0, n_batches=2, n_draws=1, n_edges=0)
         for name, low in (lows | dict(n_exact=0, steps=1)).items():
             check_int(name, getattr(self, name), low)
         for name in ("model_name", "replacements", "parts"):

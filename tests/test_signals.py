@@ -10,12 +10,15 @@ from test_causal import toy_batch
 from spectral_nb.causal.ablation import ablated_values, reference_outputs
 from spectral_nb.causal.attribution import attribute_heads
 from spectral_nb.causal.circuit_runs import circuit_values, run_headless
+from spectral_nb.causal.edge_cuts import EDGE
 from spectral_nb.causal.metrics import evaluate, read_hooks, read_tensor
 from spectral_nb.models.planted_circuits import PLANTED, planted
 from spectral_nb.prompts.counterfactuals import counterfactual
 from spectral_nb.prompts.grammar import story_tokenizer
 from spectral_nb.prompts.tasks import make_batch
 from spectral_nb.signals.curves import Judge, areas, over_batches
+from spectral_nb.signals.edge_comparison import edge_rankings, judged_edges, summed_edges
+from spectral_nb.signals.findings import edge_claims, edge_table
 from spectral_nb.signals.registry import SIGNALS, ordered, rank_by
 from spectral_nb.signals.screens import Screen, counted
 
@@ -159,3 +162,37 @@ def test_a_screened_circuit_is_the_exact_one_among_the_heads_that_were_tried(mon
         assert set(screened.heads) == {h for h in exact.heads if tried[h]}
         np.testing.assert_allclose(screened.effects[tried], exact.effects[tried], atol=1e-4)
     assert screened.heads == exact.heads
+
+
+@pytest.mark.parametrize("name", ["induction", "values"])
+def test_the_planted_edges_come_first_and_cost_most(name):
+    "Every ranking of edges but the random one puts the planted edges first; a random one costs nothing."
+    p = planted(name, 16)
+    found, group = (
+        edge_rankings(Screen(p.model, p.batch), steps=2),
+        p.model.cfg.n_heads // (p.model.cfg.n_key_value_heads or p.model.cfg.n_heads),
+    )
+    kinds = {"source": "key", "destination": "query", "value": "value"}
+    expected = {(*up, a, h if kinds[k] == "query" else h // group, kinds[k]) for up, (a, h), k in p.edges}
+    for ranking in ("flow", "contribution", "atp", "atp_ig"):
+        first = found[ranking].head(len(expected))
+        assert set(first[EDGE].itertuples(index=False, name=None)) == expected, ranking
+    judged = judged_edges(p.model, [p.batch, p.batch], {k: t.head(1) for k, t in found.items()}, "mean", 0)
+    harm = judged[judged.batch == 0].set_index("ranking").harm
+    assert harm["flow"] > 1 and harm["flow"] == pytest.approx(harm["atp_ig"]) and abs(harm["random"]) < 0.01
+    claims = edge_claims(judged.assign(name="planted", task=name, replacement="mean"))
+    assert claims.verdict.iloc[-1] == "yes"
+
+
+def test_edges_into_grouped_heads_are_one_edge():
+    "Traced edges into keys of one group add up; into queries they do not; components that are no heads are left out."
+    columns = ["upstream_layer", "upstream_head", "layer", "head", "kind", "flow"]
+    rows = [(0, 1, 1, 4, "key", 1.0), (0, 1, 1, 5, "key", 2.0), (0, 1, 1, 4, "query", 4.0), (0, -1, 1, 4, "key", 9.0)]
+    table = summed_edges(pd.DataFrame(rows, columns=columns), "flow", 3).set_index(["kind", "head"]).score
+    assert table.to_dict() == {("key", 1): 3.0, ("query", 4): 4.0}
+
+
+def test_difference_of_edges_is_over_batches():
+    rows = [dict(ranking=r, batch=b, harm=h) for b in range(2) for r, h in (("flow", 2.0 + b), ("random", 1.0))]
+    table = edge_table(pd.DataFrame(rows).assign(name="m", task="t", replacement="mean")).set_index("ranking")
+    assert table.harm.to_dict() == {"flow": 2.5, "random": 1.0} and table.ci_low["flow"] < 2 < table.ci_high["flow"]

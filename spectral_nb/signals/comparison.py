@@ -120,6 +120,7 @@ class Sizes:
     n_screen: int
     n_prompts: int
     n_exact: int
+    n_edges: int
 
 
 def sized(cfg: Any, model: Any) -> Sizes:
@@ -127,7 +128,7 @@ def sized(cfg: Any, model: Any) -> Sizes:
     large = model.cfg.n_layers * model.cfg.n_heads > _LARGE
     tasks = tuple(cfg.tasks.split()) or (("ioi",) if large else ("ioi", "sva", "retrieval", "induction"))
     numbers = cfg.n_screen or (24 if large else 32), cfg.n_prompts or (16 if large else 32)
-    return Sizes(tasks, *numbers, cfg.n_exact or (8 if large else numbers[0]))
+    return Sizes(tasks, *numbers, cfg.n_exact or (8 if large else numbers[0]), cfg.n_edges or (20 if large else 5))
 
 
 def unsolved(model: Any, batch: Any) -> str:

@@ -106,7 +106,7 @@ def compare_task_edges(model: Any, task: str, cfg: Any) -> pd.DataFrame:
     batches = [make_batch(task, model, sizes.n_prompts, seed=cfg.seed + JUDGES + i) for i in range(cfg.n_batches)]
     for replacement in cfg.replacements.split():
         found = edge_rankings(Screen(model, batch, replacement, cfg.seed), cfg.steps)
-        first = {name: table.head(cfg.n_edges) for name, table in found.items()}
+        first = {name: table.head(sizes.n_edges) for name, table in found.items()}
         judged = judged_edges(model, batches, first, replacement, cfg.seed)
         parts.append(judged.assign(task=task, replacement=replacement, n_prompts=sizes.n_prompts))
     return pd.concat(parts, ignore_index=True)

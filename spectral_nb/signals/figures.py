@@ -106,7 +106,7 @@ def plot_edges(edges: pd.DataFrame):
             ax.plot([r.ci_low, r.ci_high], [y, y], color=color, linewidth=1.5)
             ax.plot(r.harm, y, "o", color=color, markersize=5)
         ax.axvline(0, color="#999999", linestyle=":")
-        ax.set_title(f"{replacement} in place of what is cut", fontsize=9)
+        ax.set_title(f"in its place: {replacement}", fontsize=9)
         ax.set_xlabel("logits that an edge costs")
     axes[0, 0].set_yticks(range(len(order)), [EDGE_RANKINGS[n][0] for n in order], fontsize=8)
     return fig
