@@ -154,6 +154,15 @@ def test_a_known_family_is_read_without_its_own_code(entry, known, marker, yes):
     assert not marker.exists() and not yes
 
 
+@pytest.mark.parametrize("entry", ["load_model", "load_tokenizer", "spectral-trace"])
+def test_a_tokenizer_of_a_class_that_only_its_code_has(entry, known, marker, yes):
+    "Where the tokenizer's class is one that transformers knows, its code would not be asked for."
+    file = known / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "T"}))
+    attempt((COMMANDS | FUNCTIONS)[entry], known)
+    assert not marker.exists() and not yes
+
+
 def test_a_known_family_with_code_loads(known, marker):
     assert load_model(known).cfg.d_vocab == 512 and not marker.exists()
 
