@@ -39,6 +39,7 @@ EDGE_COLUMNS = (
     "processing",
     "weights_hash",
 )
+ASKED_COLUMNS = ("value_slices", "score_part", "weight_part")  # where values, or weights, are asked for
 
 # %% ../../nbs/tracing/edge_tables.ipynb #edge-tables-005
 GRAPH_COLUMNS = (

@@ -55,11 +55,13 @@ class TraceOptions:
     values: bool = False  # follow what is moved (W_OV) as well as what decides where to look
     target: Any = field(default="logit_diff", compare=False)  # what the roots move: see `check_target`
     value_part: float = 1 / 3  # of a firing's importance that goes to its value; the rest to query and key alike
+    weights: str = ""  # columns score_part and weight_part of edges, by "gradient" or "integrated" gradients
 
     def __post_init__(self):
         check_float("threshold", self.threshold, 0.0, 1.0)
         check_float("share", self.share, 0.0, 1.0)
         check_in("components", self.components, ("heads", "all"))
+        check_in("weights", self.weights, ("", "gradient", "integrated"))
         check_int("batch_size", self.batch_size, 1)
         check_float("value_part", self.value_part, 0.0, 1.0)
         check_target(self.target)

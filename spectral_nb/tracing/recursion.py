@@ -25,12 +25,13 @@ from ..base.progress import progress
 from ..models.architectures import ArchSpec
 from ..models.records import current_info
 from .descent import Descent, among_firings, arrived, send
-from .edge_tables import EDGE_COLUMNS, KINDS, TOKENS, packed, role_places, set_names
+from .edge_tables import ASKED_COLUMNS, EDGE_COLUMNS, KINDS, TOKENS, packed, role_places, set_names
 from .layer_edges import Read, layer_edges, read_by
 from .options import TraceOptions
 from .roots import find_roots, root_firings, root_weights
 from .targets import end_directions, part_target
 from .upstream import Upstream, all_outputs, head_outputs, upstream_labels
+from .weight_parts import weight_parts
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-006
 @dataclass(frozen=True)
@@ -97,6 +98,13 @@ def _send_edges(sweep: _Sweep, edges: dict, read: Read, importance: Tensor | Non
     send(sweep.descent, at, *how)
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-0065
+def _of_weights(model, got: _Part, edges: dict[str, Tensor], options: TraceOptions) -> dict[str, Tensor]:
+    "What the edges do to scores and weights."
+    pairs = Pairs(*(edges[k] for k in ("prompt", "layer", "head", "q_pos", "k_pos")))
+    outputs = got.upstream.outputs[edges["component"], pairs.prompt * got.acts.x.shape[2] + edges["position"]]
+    return weight_parts(model, got.acts, pairs, outputs, edges["side"], options.weights)
+
+
 def _layer_step(
     model, sweep: _Sweep, layer: int, here: Tensor, options: TraceOptions
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -112,6 +120,8 @@ def _layer_step(
     edges = layer_edges(read, p, sweep.got.upstream, acts.x.shape[2], options)
     if edges:
         edges |= {k: v[edges["pair"]] for k, v in firing.items()}
+        if options.weights:
+            edges |= _of_weights(model, sweep.got, edges, options)
         if read.value_mask is not None:
             edges["value_slices"] = (
                 packed(read.value_mask).to(edges["side"].device)[edges["pair"]] * (edges["side"] == 2)[:, None]
@@ -162,7 +172,8 @@ def _joined(tables: list[pd.DataFrame], columns: Iterable[str]) -> pd.DataFrame:
 def _label(table: pd.DataFrame, model, batch, upstream: Upstream) -> pd.DataFrame:
     "The columns of `EDGE_COLUMNS` from indices."
     info, (role_at, roles) = current_info(model), role_places(batch)
-    out = pd.DataFrame({c: table[c] for c in table if c in (*EDGE_COLUMNS, "value_slices")})
+    asked = [c for c in ASKED_COLUMNS if c in table]
+    out = pd.DataFrame({c: table[c] for c in table if c in (*EDGE_COLUMNS, *asked)})
     component = table["component"].to_numpy(dtype=np.int64)
     side = table["side"].to_numpy(np.int8)
     out["kind"] = pd.Categorical.from_codes(side, KINDS)
@@ -178,7 +189,7 @@ def _label(table: pd.DataFrame, model, batch, upstream: Upstream) -> pd.DataFram
         ("weights_hash", info.weights_hash),
     ):
         out[name] = pd.Categorical.from_codes(np.zeros(len(out), np.int8), [value])
-    return out[[*EDGE_COLUMNS, *(["value_slices"] if "value_slices" in out else [])]]
+    return out[[*EDGE_COLUMNS, *asked]]
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-009
 def _never_firing(roots, firing: pd.DataFrame, batch, options: TraceOptions) -> None:
@@ -263,7 +274,8 @@ def trace(
     """Edges of the singular vector trace of `batch`, one row for each firing and significant upstream component.
 
     Columns are `EDGE_COLUMNS`; `kind` is query, key or (with `values=True`) value, whose `value_slices` are the set
-    of slices. `roots`: heads to start from, names
+    of slices; with `weights` also score_part and weight_part, what the component does to the firing's score and weight.
+    `roots`: heads to start from, names
     or pairs, or None for `find_roots`. `changes` are fields of `TraceOptions`. ValueError for a root that does not
     exist or never fires, and for a role that the task lacks."""
     return trace_tables(model, batch, roots, options, **changes)[0]
