@@ -6,9 +6,12 @@
 __all__ = ['trace_graph', 'communication_edges', 'filter_graph']
 
 # %% ../../nbs/tracing/graphs.ipynb #graphs-002
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import pandas as pd
 
 from ..base.arguments import checked
@@ -25,28 +28,34 @@ def _named_roles(edges: pd.DataFrame) -> pd.DataFrame:
     return edges.assign(**{c: edges[c].astype(str).replace({"": "other"}) for c in ("role", "q_role", "k_role")})
 
 
-def _mode(values: pd.Series) -> str:
-    return values.mode().iat[0]
+def _mode(values: list[str]) -> str:
+    "The most frequent value; of equal ones the first by name."
+    counts = Counter(values)
+    return min(v for v, c in counts.items() if c == max(counts.values()))
+
+
+def _of_groups(values: pd.Series, number: np.ndarray, n: int, one: Callable[[list], str]) -> list[str]:
+    "`one` of the values of every group: pandas would make a Series of each."
+    found = [[] for _ in range(n)]
+    for group, value in zip(number.tolist(), values.astype(object).tolist()):
+        found[group].append(value)
+    return [one(f) for f in found]
 
 
 def _grouped(edges: pd.DataFrame, min_count: int) -> pd.DataFrame:
     "One row a communication edge."
     keys = ["upstream", "upstream_layer", "upstream_head", "layer", "head", "role"]
     edges = edges.assign(**{c: v for c, v in (("flow", 0.0), ("kind", "")) if c not in edges})
-    table = (
-        edges.groupby(keys, sort=True, observed=True)
-        .agg(
-            count=("prompt", "nunique"),
-            rows=("prompt", "size"),
-            total=("contribution", "sum"),
-            flow=("flow", "sum"),
-            reads=("kind", lambda k: "+".join(sorted(set(map(str, k))))),
-            token=("token", lambda t: t.iat[0] if t.nunique() == 1 else "both"),
-            q_role=("q_role", _mode),
-            k_role=("k_role", _mode),
-        )
-        .reset_index()
-    )
+    groups = edges.groupby(keys, sort=True, observed=True)
+    sums = dict(total=("contribution", "sum"), flow=("flow", "sum"))
+    table = groups.agg(count=("prompt", "nunique"), rows=("prompt", "size"), **sums).reset_index()
+    for column, source, one in (
+        ("reads", "kind", lambda k: "+".join(sorted(set(map(str, k))))),
+        ("token", "token", lambda t: t[0] if len(set(t)) == 1 else "both"),
+        ("q_role", "q_role", _mode),
+        ("k_role", "k_role", _mode),
+    ):
+        table[column] = _of_groups(edges[source], groups.ngroup().to_numpy(), len(table), one)
     table["weight"] = table["total"] / table["rows"]
     return table[table["count"] >= min_count]
 

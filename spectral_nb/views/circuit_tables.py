@@ -26,23 +26,31 @@ _KEYS = ["upstream", "layer", "head", "role"]
 _ROW_COLUMNS = ["prompt", "q_pos", "k_pos", "position", "contribution", "share", "n_slices", "attention"]
 
 
+def _largest_prompts(trace: pd.DataFrame, max_prompts: int) -> pd.Series:
+    "Whether a row's prompt is among those that contribute most to its edge."
+    sums = trace.groupby(["number", "prompt"])["contribution"].sum().reset_index()
+    largest = sums.sort_values("contribution", ascending=False, kind="stable").groupby("number").head(max_prompts)
+    kept = set(zip(largest["number"], largest["prompt"]))
+    return pd.Series([at in kept for at in zip(trace["number"], trace["prompt"])], index=trace.index, dtype=bool)
+
+
 def _rows(trace: pd.DataFrame, max_prompts: int) -> dict[tuple, dict]:
     "Statistics and rows of every edge (upstream, layer, head, role)."
     trace = trace.assign(role=trace["role"].astype(str).replace("", "other"), upstream=trace["upstream"].astype(str))
     for column in _ROW_COLUMNS:
         if column not in trace:
             trace[column] = None
-    found = {}
-    for key, rows in trace.groupby(_KEYS, sort=False, observed=True):
-        sizes = rows.groupby("prompt")["contribution"].sum().nlargest(max_prompts)
-        kept = rows[rows["prompt"].isin(sizes.index)]
-        whole = (rows["contribution"] / rows["share"]).sum() if rows["share"].notna().all() else np.nan
-        found[key] = dict(
-            share=rows["contribution"].sum() / whole,
-            slices=pd.to_numeric(rows["n_slices"]).mean(),
-            rows=[list(r) for r in kept[_ROW_COLUMNS].astype(object).itertuples(index=False)],
-        )
-    return found
+    trace["number"] = trace.groupby(_KEYS, sort=False, observed=True).ngroup()
+    share, number = pd.to_numeric(trace["share"]), trace["number"]
+    whole = (trace["contribution"] / share).groupby(number).sum().mask(share.isna().groupby(number).any())
+    shares = trace["contribution"].groupby(number).sum() / whole
+    slices = pd.to_numeric(trace["n_slices"]).groupby(number).mean()
+    keys = trace.drop_duplicates("number")[_KEYS].itertuples(index=False, name=None)
+    found = [(key, dict(share=shares[n], slices=slices[n], rows=[])) for n, key in enumerate(keys)]
+    kept = trace[_largest_prompts(trace, max_prompts)]
+    for n, *row in zip(kept["number"], *(kept[c].astype(object).tolist() for c in _ROW_COLUMNS)):
+        found[n][1]["rows"].append(row)
+    return dict(found)
 
 
 def _effects(effects: pd.DataFrame | None) -> tuple[list[str], dict]:
