@@ -13,7 +13,7 @@ import torch
 from ..training.monitor import SpectralMonitor
 from ..attention.participation import HeadGrams, fixed_content, head_participation
 from ..attention.spectra import participation_ratio_from_values
-from .timing import compare, scaling_rows, seconds
+from .timing import compare, on_threads, scaling_rows, seconds
 
 # %% ../../nbs/dev/bench_fingerprint.ipynb #22-004
 def streamed_ratios(outputs: torch.Tensor, size: int = 500) -> np.ndarray:
@@ -30,7 +30,7 @@ def looped_ratios(outputs: torch.Tensor, library: str = "numpy") -> np.ndarray:
     for layer, head in np.ndindex(out.shape):
         x = outputs[:, layer, head]
         if library == "numpy":
-            p = np.linalg.svd(x.numpy(), full_matrices=False)[1] ** 2
+            p = np.linalg.svd(x.numpy(), compute_uv=False) ** 2
             p = p / p.sum()
             out[layer, head] = np.exp(-(p * np.log(np.maximum(p, 1e-30))).sum())
         else:
@@ -61,40 +61,39 @@ def monitor_row(n_repeats: int, n_prompts: int = 128, every: int = 25) -> dict:
         train()
         monitor.step(model, 0)
 
-    row = compare("training with the live monitor / without", watched, train, n_repeats)
-    share = [seconds(lambda: monitor.step(model, 0)) / seconds(train) for _ in range(n_repeats)]
+    name = "training with the live monitor / without"
+    (row,) = compare(name, watched, train, n_repeats, threads=(1,))
+    with on_threads(1):
+        share = [seconds(lambda: monitor.step(model, 0)) / seconds(train) for _ in range(n_repeats)]
     note = f"monitor alone: {np.median(share):.1%} of the training time [{min(share):.1%}, {max(share):.1%}]"
-    return row | {"note": note + "; target at most 5 %; 1 thread"}
+    return row | {"note": note + "; target at most 5 %"}
+
+
+def _ratio_rows(n: int, shape: tuple[int, int, int], n_repeats: int) -> list[dict]:
+    "Both loops on `n` stored outputs of heads [layer, head, d_head]."
+    outputs = torch.randn(n, *shape, generator=torch.Generator().manual_seed(0))
+    n_heads, kept = shape[0] * shape[1], shape[0] * shape[1] * shape[2] ** 2 * 8 / 2**20
+    stored, rows = outputs.numel() * 4 / 2**20, []
+    for library, call in (("numpy", "numpy.linalg.svd, values alone"), ("torch", "torch.linalg.svdvals")):
+        rows += compare(
+            f"PR of all heads, {n} examples / loop of {library} SVDs",
+            lambda: streamed_ratios(outputs),
+            lambda: looped_ratios(outputs, library),
+            n_repeats,
+            note=f"{n_heads} heads; {kept:.1f} MiB kept against {stored:.1f} stored; peer: {call}",
+        )
+    return rows
+
+
+QUICK = dict(n_repeats=1, n_examples=200, n_layers=2, n_heads=2, d_head=8)
 
 
 def benchmarks(
     n_repeats: int = 5, *, n_examples: int = 2000, n_layers: int = 12, n_heads: int = 12, d_head: int = 64
 ) -> pd.DataFrame:
-    "All rows, as `timing.ratio_row` makes them, on one thread."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = []
-        for n in (n_examples, 4 * n_examples):
-            outputs = torch.randn(n, n_layers, n_heads, d_head, generator=torch.Generator().manual_seed(0))
-            kept, stored = n_layers * n_heads * d_head**2 * 8 / 2**20, outputs.numel() * 4 / 2**20
-            note = (
-                f"{n_layers * n_heads} heads, {n} examples; {kept:.1f} MiB kept against {stored:.1f} stored; 1 thread"
-            )
-            for library in ("numpy", "torch"):
-                rows.append(
-                    compare(
-                        f"PR of all heads, {n} examples, {library} SVD",
-                        lambda x=outputs: streamed_ratios(x),
-                        lambda x=outputs, lib=library: looped_ratios(x, lib),
-                        n_repeats,
-                        note=note,
-                    )
-                )
-        rows.append(monitor_row(n_repeats))
-    finally:
-        torch.set_num_threads(threads)
-    return pd.DataFrame(rows)
+    "All rows, as `timing.ratio_row` makes them."
+    rows = [row for n in (n_examples, 4 * n_examples) for row in _ratio_rows(n, (n_layers, n_heads, d_head), n_repeats)]
+    return pd.DataFrame([*rows, monitor_row(n_repeats)])
 
 
 def scaling() -> pd.DataFrame:

@@ -7,15 +7,10 @@ __all__ = []
 
 # %% ../../nbs/dev/bench_norms.ipynb #22-003
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
-import warnings
-from contextlib import redirect_stdout
-from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +21,12 @@ import torch
 from ..base.files import write_json
 from ..models.heads import head_weights
 from ..norms.stream import measure_stream
-from ..norms.weights import head_rows, model_weight_norms
-from .timing import compare, random_gpt2, random_hf_gpt2, random_prompts, ratio_row, scaling_rows
+from ..norms.weights import head_rows
+from .timing import compare, random_gpt2, random_prompts, ratio_row, scaling_rows
 
 # %% ../../nbs/dev/bench_norms.ipynb #22-005
 def make_checkpoint(
-    folder: str | Path, n_layers: int = 12, d_model: int = 4096, n_heads: int = 32, d_mlp: int = 5504
+    folder: str | Path, n_layers: int = 4, d_model: int = 4096, n_heads: int = 32, d_mlp: int = 5504
 ) -> Path:
     "Write a random Llama checkpoint, one half-precision file a layer, holding one layer at a time."
     from safetensors.torch import save_file
@@ -69,8 +64,6 @@ def make_checkpoint(
 
 _CHILD = """
 import json, sys, time
-import torch
-torch.set_num_threads({threads})
 from spectral_nb.models.loading import load_model
 from spectral_nb.norms.weight_files import weight_norms
 from spectral_nb.dev.timing import memory_mb
@@ -88,7 +81,7 @@ SIDES = dict(ours="{folder!r}, processing='raw'", peer="load_model({folder!r}, p
 
 def measure_norms(folder: str | Path, side: str) -> dict:
     "Seconds, peak memory (GiB) and the sum of all norms of one side, in a process of its own."
-    code = _CHILD.format(load=SIDES[side].format(folder=str(folder)), threads=torch.get_num_threads())
+    code = _CHILD.format(load=SIDES[side].format(folder=str(folder)))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -100,7 +93,7 @@ def measure_norms(folder: str | Path, side: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def streaming_rows(n_repeats: int = 2, **sizes) -> list[dict]:
+def streaming_rows(n_repeats: int = 5, **sizes) -> list[dict]:
     "Time and peak memory of streamed norms against loading the whole model, in turns."
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, **sizes)
@@ -114,19 +107,20 @@ def streaming_rows(n_repeats: int = 2, **sizes) -> list[dict]:
         raise ArithmeticError(f"the two sides found different norms: sums {sorted(totals)}")
     seconds, peak = ([np.array([r[k] for r in found[side]]) for side in SIDES] for k in ("seconds", "peak_gib"))
     note = (
-        f"checkpoint of {gib:.2f} GiB in half precision; {found['ours'][0]['idle_gib']:.2f} GiB are the imports alone"
+        f"checkpoint of {gib:.2f} GiB in half precision, each side in fresh processes; "
+        f"{found['ours'][0]['idle_gib']:.2f} GiB are the imports alone"
     )
     return [
-        ratio_row("weight norms streamed: time", *seconds, note=note),
-        ratio_row("weight norms streamed: peak memory", *peak, unit="GiB", note=note),
+        ratio_row("weight norms, streamed / of the loaded model: time", *seconds, note=note, threads=os.cpu_count()),
+        ratio_row("weight norms, streamed / of the loaded model: peak memory", *peak, unit="GiB", note=note),
     ]
 
 # %% ../../nbs/dev/bench_norms.ipynb #22-006
 def _cached_norms(model: Any, tokens: torch.Tensor) -> dict:
-    "The usual way: cache everything, then take norms."
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens)
+    "The usual way: cache the stream, then take norms."
     points = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith(points))
     return {
         (layer, p): cache[f"blocks.{layer}.hook_{p}"].norm(dim=-1)
         for layer in range(model.cfg.n_layers)
@@ -142,39 +136,9 @@ def _factored_matrix_norms(w: Any) -> list[tuple[float, float]]:
     return [(p.S[..., 0].tolist(), p.norm().tolist()) for p in products]
 
 
-def _size(n_layers: int, n_heads: int) -> str:
-    return f"GPT-2 of {n_layers} layers, d_model {64 * n_heads}"
-
-
-def weightwatcher_rows(n_layers: int, n_heads: int, n_repeats: int) -> list[dict]:
-    "Norms of all weights against WeightWatcher, if it is installed; ArithmeticError if they disagree on the MLPs."
-    if not find_spec("weightwatcher"):
-        print("weightwatcher is not installed: its row is left out (pip install -e '.[bench]')")
-        return []
-    with redirect_stdout(StringIO()), warnings.catch_warnings():  # it greets, and warns of short spectra
-        warnings.simplefilter("ignore")
-        import weightwatcher
-
-        logging.getLogger("weightwatcher").setLevel(logging.CRITICAL)
-        model, watcher = (
-            random_gpt2(n_layers, n_heads, processing="raw"),
-            weightwatcher.WeightWatcher(model=random_hf_gpt2(n_layers, n_heads)),
-        )
-        layers = watcher.describe().query("longname.str.contains('attn|mlp')", engine="python")["layer_id"].tolist()
-        found = watcher.analyze(layers=layers, plot=False)
-        ours = model_weight_norms(model).query("matrix in ('W_in', 'W_out')")["value"].to_numpy()
-        theirs = found[found["longname"].str.contains("mlp")]["norm"].to_numpy() ** 0.5  # it gives squares
-        if not np.allclose(np.sort(ours), np.sort(theirs), rtol=1e-3):
-            raise ArithmeticError(f"norms of the MLPs differ: {ours} and {theirs}")
-        return [
-            compare(
-                "norms of all weights / WeightWatcher, which also fits power laws",
-                lambda: model_weight_norms(model),
-                lambda: watcher.analyze(layers=layers, plot=False),
-                n_repeats,
-                note=f"{_size(n_layers, n_heads)}: {len(layers)} matrices; {torch.get_num_threads()} threads",
-            )
-        ]
+QUICK = dict(
+    n_repeats=1, n_layers=2, n_heads=2, streaming=dict(n_repeats=1, n_layers=2, d_model=64, n_heads=2, d_mlp=96)
+)
 
 
 def benchmarks(
@@ -182,25 +146,22 @@ def benchmarks(
 ) -> pd.DataFrame:
     "All rows, as `timing.ratio_row` makes them; `streaming` are arguments of `streaming_rows`."
     model, batch = random_gpt2(n_layers, n_heads), random_prompts(16, 64)
-    w, size = (head_weights(model, 0), f"{_size(n_layers, n_heads)}; {torch.get_num_threads()} threads")
-    rows = [
-        compare(
-            "head norms, one layer / FactoredMatrix",
-            lambda: head_rows(0, w),
-            lambda: _factored_matrix_norms(w),
-            n_repeats,
-            note=size,
-        ),
-        compare(
-            "stream norms, 16 prompts of 64 / run_with_cache",
-            lambda: measure_stream(model, batch),
-            lambda: _cached_norms(model, batch.tokens),
-            n_repeats,
-            note=size,
-        ),
-    ]
+    w, size = head_weights(model, 0), f"random GPT-2 of {n_layers} layers, d_model {64 * n_heads}"
+    rows = compare(
+        "head norms, one layer / FactoredMatrix",
+        lambda: head_rows(0, w),
+        lambda: _factored_matrix_norms(w),
+        n_repeats,
+        note=f"{size}; both: spectral and Frobenius norms of W_OV and W_QK of {n_heads} heads",
+    )
+    rows += compare(
+        "stream norms, 16 prompts of 64 / run_with_cache",
+        lambda: measure_stream(model, batch),
+        lambda: _cached_norms(model, batch.tokens),
+        n_repeats,
+        note=f"{size}; peer caches the five points that are read and forms the logits, which ours does not",
+    )
     del model, w
-    rows += weightwatcher_rows(n_layers, n_heads, min(n_repeats, 3))
     return pd.DataFrame(rows + streaming_rows(**(streaming or {})))
 
 

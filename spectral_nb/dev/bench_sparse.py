@@ -43,72 +43,75 @@ def _fresh_svd(model) -> OmegaSVD:
     return omega_svd(model)
 
 
-def _svd_rows(model, n_repeats: int) -> list[dict]:
-    "The decomposition against the full product and against TransformerLens."
+def _one_layer_rows(n_heads: int, d_head: int, n_repeats: int) -> list[dict]:
+    "The decomposition of one layer's heads against those of the full products."
+    model = random_gpt2(1, n_heads, d_head)
+    left, right = qk_factors(model, 0)
+    product = left @ right.mT
+    note = f"random weights, {n_heads} heads, {left.shape[1]} x {right.shape[1]}, rank {left.shape[2]}"
+    rows = compare(
+        "omega_svd, one layer / torch.linalg.svd",
+        lambda: _fresh_svd(model),
+        lambda: torch.linalg.svd(product, full_matrices=False),
+        n_repeats,
+        note=f"{note}; both: U, S, V; the product is given to the peer",
+    )
+    return rows + compare(
+        "singular values, one layer / torch.linalg.svdvals",
+        lambda: factored_singular_values(left, right),
+        lambda: torch.linalg.svdvals(product),
+        n_repeats,
+        note=f"{note}; the factors are given to ours, the product to the peer",
+    )
+
+
+def _factored_rows(model, n_repeats: int) -> list[dict]:
+    "The decomposition of all heads against TransformerLens."
     from transformer_lens import FactoredMatrix
 
     memory = peak_memory_mb(lambda: _fresh_svd(model))  # first, while no freed memory is there to be used again
-    pairs = [qk_factors(model, layer) for layer in range(len(model.blocks))]
-    left, right = (torch.cat(sides) for sides in zip(*pairs, strict=True))
-    product = pairs[0][0] @ pairs[0][1].mT
-    (n, m, r), threads = left.shape, f"{torch.get_num_threads()} threads"
-    size = f"{n} heads, {m} x {m}, rank {r}"
-    one_layer = f"{size}; peer timed on one layer, times {len(pairs)}; {threads}"
-    rows = [
-        compare(
-            "omega_svd / torch.linalg.svd",
-            lambda: _fresh_svd(model),
-            lambda: torch.linalg.svd(product, full_matrices=False),
-            n_repeats,
-            scale=len(pairs),
-            note=one_layer,
-        ),
-        compare(
-            "omega_svd / FactoredMatrix.svd",
-            lambda: _fresh_svd(model),
-            lambda: FactoredMatrix(left, right.mT).svd(),
-            n_repeats,
-            note=f"{size}; peak memory of omega_svd {memory:.0f} MiB above the weights; {threads}",
-        ),
-    ]
-    rows.append(
-        compare(
-            "singular values / torch.linalg.svdvals",
-            lambda: factored_singular_values(left, right),
-            lambda: torch.linalg.svdvals(product),
-            n_repeats,
-            scale=len(pairs),
-            note=one_layer,
-        )
+    left, right = (torch.cat(sides) for sides in zip(*(qk_factors(model, i) for i in range(len(model.blocks)))))
+    size = f"random weights, {left.shape[0]} heads, {left.shape[1]} x {right.shape[1]}, rank {left.shape[2]}"
+    return compare(
+        "omega_svd / FactoredMatrix.svd",
+        lambda: _fresh_svd(model),
+        lambda: FactoredMatrix(left, right.mT).svd(),
+        n_repeats,
+        note=f"{size}; both: U, S, V, ours with reading and checking; its peak is {memory:.0f} MiB above the weights",
     )
-    return rows
 
 
-def _slice_row(model, n_repeats: int, n_prompts: int, n_loop: int = 20) -> dict:
-    "Terms and selection of every firing of a batch against the loop."
-    tokens = random_prompts(n_prompts, 16).tokens
-    acts = capture(model, tokens, z=False, logits=False)
+def _slice_rows(model, n_repeats: int, n_prompts: int, n_pairs: int) -> list[dict]:
+    "Terms and selection of some firings of a batch against the loop over the same ones."
+    acts = capture(model, random_prompts(n_prompts, 16).tokens, z=False, logits=False)
     svd, pairs = omega_svd(model), firings(acts)
-    few = pairs[torch.linspace(0, len(pairs) - 1, n_loop).long()]
-    memory = peak_memory_mb(lambda: slice_terms(model, acts, pairs))
+    some = pairs[torch.linspace(0, len(pairs) - 1, n_pairs).long()]
     return compare(
         "slices / loop",
-        lambda: select_slices(slice_terms(model, acts, pairs)),
-        lambda: loop_slices(acts, svd, few),
+        lambda: select_slices(slice_terms(model, acts, some)),
+        lambda: loop_slices(acts, svd, some),
         n_repeats,
-        scale=len(pairs) / n_loop,
-        note=f"{len(pairs)} firings of {n_prompts} prompts, same decomposition; loop timed on {n_loop} of them; "
-        f"peak memory of slice_terms {memory:.0f} MiB; {torch.get_num_threads()} threads",
+        note=f"{n_pairs} of {len(pairs)} firings of {n_prompts} prompts on both sides; the decomposition is given",
     )
+
+
+QUICK = dict(n_repeats=1, n_layers=2, n_heads=2, d_head=8, n_prompts=8, n_pairs=10)
 
 
 def benchmarks(
-    n_repeats: int = 5, n_layers: int = 12, n_heads: int = 12, d_head: int = 64, n_prompts: int = 256
+    n_repeats: int = 5,
+    n_layers: int = 12,
+    n_heads: int = 12,
+    d_head: int = 64,
+    *,
+    n_prompts: int = 32,
+    n_pairs: int = 1000,
 ) -> pd.DataFrame:
     "All rows, as `timing.ratio_row` makes them."
     omega_store.enabled = False  # what is timed is made anew each time, and not read from disk
     model = random_gpt2(n_layers, n_heads, d_head)
-    return pd.DataFrame([*_svd_rows(model, n_repeats), _slice_row(model, n_repeats, n_prompts)])
+    rows = _factored_rows(model, n_repeats) + _slice_rows(model, n_repeats, n_prompts, n_pairs)
+    return pd.DataFrame(rows + _one_layer_rows(n_heads, d_head, n_repeats))
 
 # %% ../../nbs/dev/bench_sparse.ipynb #22-007
 def scaling() -> pd.DataFrame:

@@ -7,8 +7,10 @@ __all__ = []
 
 # %% ../../nbs/dev/timing.ipynb #21-002
 import ctypes
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,25 @@ from ..models.loading import from_hf
 from ..prompts.batches import PromptBatch
 
 # %% ../../nbs/dev/timing.ipynb #21-004
+@contextmanager
+def on_threads(n: int) -> Iterator[None]:
+    "Every library of this process (torch, and what has BLAS or OpenMP threads of its own) on `n` threads."
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    with threadpool_limits(limits=check_int("n", n, 1)):
+        torch.set_num_threads(n)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def thread_counts() -> tuple[int, ...]:
+    "One thread, and as many as there are cores."
+    return tuple(sorted({1, os.cpu_count() or 1}))
+
+
 def seconds(call: Callable, *args: Any) -> float:
     "Wall seconds of one call."
     start = time.perf_counter()
@@ -28,35 +49,41 @@ def seconds(call: Callable, *args: Any) -> float:
     return time.perf_counter() - start
 
 
-def ratio_row(benchmark: str, ours, peer, *, unit: str = "s", note: str = "") -> dict:
-    "One row from the two sides' measurements, one number a repeat each."
+COLUMNS = ("benchmark", "threads", "ours", "peer", "unit", "ratio", "ratio_low", "ratio_high", "n_repeats", "note")
+
+
+def ratio_row(benchmark: str, ours, peer, *, unit: str = "s", note: str = "", threads: int | None = None) -> dict:
+    "One row from the two sides' measurements, one number a repeat each; `threads` None: where it does not matter."
     ours, peer = np.asarray(ours, float), np.asarray(peer, float)
     if ours.shape != peer.shape or not len(ours):
         raise ValueError(
             f"ours and peer need equally many values, at least one: they have {ours.shape} and {peer.shape}"
         )
     ratio = peer / ours
-    return dict(
-        benchmark=benchmark,
-        ours=np.median(ours),
-        peer=np.median(peer),
-        unit=unit,
-        ratio=np.median(ratio),
-        ratio_low=ratio.min(),
-        ratio_high=ratio.max(),
-        n_repeats=len(ratio),
-        note=note,
-    )
+    low, high = ratio.min(), ratio.max()
+    values = (threads or 0, np.median(ours), np.median(peer), unit, np.median(ratio), low, high, len(ratio), note)
+    return dict(zip(COLUMNS, (benchmark, *values), strict=True))
 
 
 def compare(
-    benchmark: str, ours: Callable, peer: Callable, n_repeats: int = 5, *, scale: float = 1.0, note: str = ""
-) -> dict:
-    "`ratio_row` of the wall seconds of two calls, in turns, after one call each that does not count."
+    benchmark: str,
+    ours: Callable,
+    peer: Callable,
+    n_repeats: int = 5,
+    *,
+    scale: float = 1.0,
+    note: str = "",
+    threads: tuple[int, ...] | None = None,  # None: `thread_counts`
+) -> list[dict]:
+    "`ratio_row`s of the wall seconds of two calls, in turns, after one call each that does not count, by threads."
     check_int("n_repeats", n_repeats, 1)
-    ours(), peer()
-    times = np.array([[seconds(ours), scale * seconds(peer)] for _ in range(n_repeats)])
-    return ratio_row(benchmark, *times.T, note=note)
+    rows = []
+    for n in thread_counts() if threads is None else threads:
+        with on_threads(n):
+            ours(), peer()
+            times = np.array([[seconds(ours), scale * seconds(peer)] for _ in range(n_repeats)])
+        rows.append(ratio_row(benchmark, *times.T, note=note, threads=n))
+    return rows
 
 
 def memory_mb(key: str = "VmHWM") -> float:
@@ -155,7 +182,7 @@ def scaling_rows(
     middle: dict | None = None,
     sizes: dict | None = None,
 ) -> pd.DataFrame:
-    "Median `seconds` of `call(model, batch)` by `section, what, size`; `low`, `high` are the extremes."
+    "Median `seconds` of `call(model, batch)` on one thread by `section, what, size`; `low`, `high` are the extremes."
     middle, rows = {**MIDDLE, **(middle or {})}, []
     for what, values in (SIZES if sizes is None else sizes).items():
         for value in values:
@@ -164,8 +191,9 @@ def scaling_rows(
                 raise ValueError(f"sizes: width {at['width']} is no multiple of {at['heads']} heads")
             model = random_gpt2(n_layers, at["heads"], at["width"] // at["heads"], n_ctx=at["context"])
             batch = random_prompts(at["prompts"], at["context"])
-            call(model, batch)
-            times = [seconds(call, model, batch) for _ in range(n_repeats)]
+            with on_threads(1):
+                call(model, batch)
+                times = [seconds(call, model, batch) for _ in range(n_repeats)]
             rows.append(
                 dict(section=section, what=what, size=value, seconds=np.median(times), low=min(times), high=max(times))
             )

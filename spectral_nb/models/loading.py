@@ -16,6 +16,7 @@ from ..base.checks import check_in, check_int
 from .architectures import ArchSpec
 from .checkpoints import resolve
 from .families import FAMILIES
+from .folding import fold
 from .heads import value_biases
 from .hf_models import check_weights, placeholder_tokenizer, plain_model, source_tokenizer
 from .records import register_model
@@ -92,7 +93,7 @@ def from_hf(
     bridge = _boot(hf_model, tokenizer if tokenizer is not None else placeholder_tokenizer(spec.d_vocab), name)
     if processing == "folded":
         object.__setattr__(bridge, "spectral_value_biases", value_biases(bridge))  # folding moves them out of the heads
-        bridge.enable_compatibility_mode(disable_warnings=True)
+        fold(bridge)
     bridge.eval().requires_grad_(False)
     register_model(bridge, name=name, processing=processing, revision=revision, step=step, tokens=tokens)
     return bridge
