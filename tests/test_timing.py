@@ -1,7 +1,9 @@
 "The arithmetic of the benchmark table, with a clock that the test sets: nothing here measures time."
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from spectral_nb.dev import timing
 
@@ -39,16 +41,26 @@ def test_seconds_are_what_the_clock_moved(clock):
 
 def test_compare_leaves_out_the_first_call_and_scales_the_peer(clock):
     ours, peer = clock.call(50.0, 1.0, 2.0, 4.0), clock.call(70.0, 3.0, 3.0, 8.0)
-    row = timing.compare("x", ours, peer, 3, scale=2)
-    assert (row["ours"], row["peer"], row["n_repeats"]) == (2.0, 6.0, 3)
+    (row,) = timing.compare("x", ours, peer, 3, scale=2, threads=(1,))
+    assert (row["ours"], row["peer"], row["n_repeats"], row["threads"]) == (2.0, 6.0, 3, 1)
     assert (row["ratio_low"], row["ratio"], row["ratio_high"]) == (3.0, 4.0, 6.0)  # fake clock: of 6/1, 6/2, 16/4
 
 
 def test_both_sides_are_timed_in_turns(clock):
     order = []
     tick = clock.call(1.0)
-    timing.compare("x", lambda: (order.append("ours"), tick()), lambda: (order.append("peer"), tick()), 2)
-    assert order == ["ours", "peer"] * 3
+    timing.compare("x", lambda: (order.append("ours"), tick()), lambda: (order.append("peer"), tick()), 2, threads=(1, 2))
+    assert order == ["ours", "peer"] * 6
+
+
+def test_threads_are_those_of_every_library_and_are_put_back():
+    from threadpoolctl import threadpool_info
+
+    before = torch.get_num_threads(), [p["num_threads"] for p in threadpool_info()]
+    with timing.on_threads(1):
+        assert torch.get_num_threads() == 1
+        assert {p["num_threads"] for p in threadpool_info()} == {1}
+    assert (torch.get_num_threads(), [p["num_threads"] for p in threadpool_info()]) == before
 
 
 def test_ratio_row_is_over_repeats_not_over_medians():
@@ -74,3 +86,27 @@ def test_exponents():
         assert timing.fit_exponent(sizes, 3.0 * sizes**power) == pytest.approx(power)
     with pytest.raises(ValueError, match="at least 2"):
         timing.fit_exponent([1], [1])
+
+
+def test_predictions_follow_the_exponents_and_the_arithmetic_of_a_pass():
+    from spectral_nb.dev import predicted as p
+
+    rows = [
+        dict(section=section, what=what, size=middle * f, seconds=2.0 * f**power)
+        for section in p.CHANGES
+        for what, middle, power in zip(timing.MIDDLE, timing.MIDDLE.values(), (1, 0, 2, 1))
+        for f in (1, 2, 4)
+    ]
+    scaling, assumed, shape = pd.DataFrame(rows), p.Assumed(), p.Shape(1e9, 8, 1280, 16)
+    assert list(timing.MIDDLE) == ["prompts", "heads", "width", "context"]
+    grown = (256 / 64) * (1280 / 128) ** 2 * (64 / 32) * (8 / 4)  # heads have exponent 0
+    assert p.core_seconds(scaling, "14 survey", shape, assumed) == pytest.approx(2.0 * grown)
+    assert p.floor_seconds(shape, assumed) == pytest.approx(2e9 * 256 * 64 / assumed.card_flops)
+    table = p.predicted(scaling).set_index(["section", "model"])
+    seventy = table.loc["12 tracing", "70B"]
+    assert not seventy["fits one card"] and np.isnan(seventy["s on one card"]) and seventy["cards a copy"] >= 4
+    assert table.loc["13 fingerprint", "1B"].GB > 4 * 1.24
+    one = table.loc["14 survey", "7B"]
+    assert one["s on one card"] / one["s on 64 cards"] == pytest.approx(64 * 0.8)
+    with pytest.raises(ValueError, match="is not in the scaling"):
+        p.exponents(scaling, "16 none")

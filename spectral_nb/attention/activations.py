@@ -71,7 +71,7 @@ def token_batch(model, tokens) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, " 
     return tokens, lengths
 
 # %% ../../nbs/attention/activations.ipynb #03-005c
-def _hook_names(spec: ArchSpec, layers, scores: bool, z: bool) -> dict[str, list[str]]:
+def hook_names(spec: ArchSpec, layers, scores: bool, z: bool) -> dict[str, list[str]]:
     "Field -> hooks by layer."
     here = {"x": [input_hook(spec, layer) for layer in layers]}
     names = {"ln_scale": "ln1.hook_scale"} if spec.norm_before else {}
@@ -143,7 +143,7 @@ def capture(
     tokens, lengths = token_batch(model, tokens)
     if not layers:
         raise ValueError("layers is empty; name at least one or leave it out for all")
-    names = _hook_names(spec, layers, scores, z)
+    names = hook_names(spec, layers, scores, z)
     wanted = {n for field in names.values() for n in field} | {n for ly in layers for n in score_hooks(model, ly)}
     chunks = []
     for part in progress(tokens.split(check_int("batch_size", batch_size, 1)), desc="activations"):
@@ -161,7 +161,7 @@ def capture(
             got["q_scale"], got["k_scale"] = zip(*scales, strict=True)
         chunks.append({f: torch.stack([exact(v) for v in values]) for f, values in got.items()})
         chunks[-1]["logits"] = out.float() if logits else None
-    return replace(_assemble(layers, chunks, lengths), windows=spec.windows)
+    return replace(assembled(layers, chunks, lengths), windows=spec.windows)
 
 # %% ../../nbs/attention/activations.ipynb #03-005f
 def exact(x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def exact(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _assemble(layers: list[int], chunks: list[dict], lengths: Tensor) -> Activations:
+def assembled(layers: list[int], chunks: list[dict], lengths: Tensor) -> Activations:
     "Join chunks of prompts into checked `Activations`."
     kept = [f for f, value in chunks[0].items() if value is not None]
     whole = {

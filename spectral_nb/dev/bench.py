@@ -25,7 +25,17 @@ from ..base.paths import data_dir
 from .timing import fit_exponent
 
 # %% ../../nbs/dev/bench.ipynb #24-004
-MODULES = ("bench_norms", "bench_sparse", "bench_svt", "bench_fingerprint", "bench_survey", "bench_sweeps")
+MODULES = (
+    "bench_norms",
+    "bench_sparse",
+    "bench_svt",
+    "bench_fingerprint",
+    "bench_survey",
+    "bench_real",
+    "bench_long",
+    "bench_sweeps",
+)
+KINDS = ("benchmarks", "scaling", "long", "profile")  # functions of a module, and names of the tables
 
 
 def machine() -> dict:
@@ -52,13 +62,15 @@ def machine() -> dict:
     )
 
 # %% ../../nbs/dev/bench.ipynb #24-006
-def run_module(name: str, folder: str | Path) -> None:
-    "Write `<name>.parquet` and, where the module has a `scaling` function, `<name>_scaling.parquet` to `folder`."
+def run_module(name: str, folder: str | Path, quick: bool = False) -> None:
+    "Write `<name>.<kind>.parquet` to `folder` for each of the module's functions in `KINDS`; `quick`: small sizes."
     module = importlib.import_module(f"spectral_nb.dev.{name}")
-    table = module.benchmarks()
-    write_table(table.assign(module=name), Path(folder) / f"{name}.parquet")
-    if hasattr(module, "scaling"):
-        write_table(module.scaling().assign(module=name), Path(folder) / f"{name}_scaling.parquet")
+    for kind in KINDS:
+        if hasattr(module, kind) and not (quick and kind == "scaling"):
+            small = module.QUICK if kind == "benchmarks" else dict(n_repeats=1)
+            table = getattr(module, kind)(**(small if quick else {}))
+            if len(table):
+                write_table(table.assign(module=name), Path(folder) / f"{name}.{kind}.parquet")
 
 
 def plot_benchmarks(table: pd.DataFrame):
@@ -71,7 +83,9 @@ def plot_benchmarks(table: pd.DataFrame):
     ax.barh(at, table.ratio, color=COLORS[0], xerr=[low, high], error_kw=dict(elinewidth=1, capsize=2))
     ax.axvline(1, color=COLORS[7], linestyle="--", linewidth=1)
     ax.set_xscale("log")
-    ax.set_yticks(at, table.benchmark)
+    counts = table.get("threads", pd.Series(0, table.index))
+    threads = counts.map(lambda n: f", {n} thread{'s' * (n > 1)}" if n else "")
+    ax.set_yticks(at, table.benchmark + threads)
     ax.set_xlabel("times faster (or smaller) than the peer")
     ax.grid(False, axis="y")
     ax.set_ylim(at.min() - 0.8, 0.8)
@@ -102,12 +116,11 @@ def plot_scaling(table: pd.DataFrame):
 
 
 def write_kind(table: pd.DataFrame, kind: str, out: Path) -> None:
-    "Write one kind of table (`benchmarks`, `scaling`) and its figure, sections in the order of `MODULES`."
+    "Write one kind of table and its figure if it has one, sections in the order of `MODULES`."
     table = table.sort_values("module", key=lambda m: m.map(MODULES.index), kind="stable", ignore_index=True)
     write_table(table, out / f"{kind}.parquet")
-    {"benchmarks": plot_benchmarks, "scaling": plot_scaling}[kind](table).savefig(
-        out / f"{kind}.png", dpi=130, bbox_inches="tight"
-    )
+    if plot := {"benchmarks": plot_benchmarks, "scaling": plot_scaling}.get(kind):
+        plot(table).savefig(out / f"{kind}.png", dpi=130, bbox_inches="tight")
     print(table.to_string(index=False))
 
 
@@ -115,33 +128,45 @@ def _with_earlier(table: pd.DataFrame, measured: list[str], file: Path) -> pd.Da
     "The table and, where only some modules were measured, what the file says of the others."
     if measured and file.is_file():
         before = read_table(file)
-        table = pd.concat([before[~before.module.isin(measured)], table])
+        table = pd.concat([before[before.module.isin(set(MODULES) - set(measured))], table])
+        if "threads" in table:
+            table["threads"] = table.threads.fillna(0).astype(int)
     return table.reset_index(drop=True)
 
 
+def _measure(names: list[str], folder: str, quick: bool) -> list[str]:
+    "Each module in a process of its own; returns those that failed."
+    failed = []
+    for name in names:
+        print(f"{pd.Timestamp.now():%H:%M:%S} {name} ...", flush=True)
+        code = f"from spectral_nb.dev.bench import run_module; run_module({name!r}, {folder!r}, {quick!r})"
+        if subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode:
+            failed.append(name)
+    return failed
+
+
 def main(arguments: list[str] | None = None) -> int:
-    "Run the benchmark modules and write data/bench: benchmarks.parquet, scaling.parquet, machine.json and two figures."
+    "Run the benchmark modules and write data/bench: a table of each kind, machine.json and two figures."
     parser = argparse.ArgumentParser(prog="python -m spectral_nb.dev.bench", description=main.__doc__)
     parser.add_argument("modules", nargs="*", help=f"some of {' '.join(MODULES)} (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, one repeat, no scaling: does it run?")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: data/bench; needed with --quick)")
     args = parser.parse_args(arguments)
     for name in args.modules:
         if name not in MODULES:
             parser.error(unknown_name_error("modules", name, MODULES))
-    failed, out = 0, data_dir() / "bench"
+    if args.quick and args.out is None:
+        parser.error("--quick needs --out: its numbers are no measurements to keep in data/bench")
+    out = args.out or data_dir() / "bench"
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.modules or MODULES:
-            print(f"{name} ...", flush=True)
-            code = f"from spectral_nb.dev.bench import run_module; run_module({name!r}, {folder!r})"
-            failed += subprocess.run([sys.executable, "-W", "ignore", "-c", code]).returncode != 0
-        files = sorted(Path(folder).glob("*.parquet"))
-        scaling = [read_table(f) for f in files if f.stem.endswith("_scaling")]
-        benchmarks = [read_table(f) for f in files if not f.stem.endswith("_scaling")]
-    for kind, parts in (("benchmarks", benchmarks), ("scaling", scaling)):
+        failed = _measure(args.modules or list(MODULES), folder, args.quick)
+        tables = {kind: [read_table(f) for f in sorted(Path(folder).glob(f"*.{kind}.parquet"))] for kind in KINDS}
+    for kind, parts in tables.items():
         if parts:
             write_kind(_with_earlier(pd.concat(parts), args.modules, out / f"{kind}.parquet"), kind, out)
     write_json(machine(), out / "machine.json")
-    print(f"wrote {out}; failed modules: {failed}")
-    return failed
+    print(f"wrote {out}; failed modules: {', '.join(failed) or 'none'}")
+    return len(failed)
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -78,7 +78,7 @@ def _ratio_rows(n: int, shape: tuple[int, int, int], n_repeats: int) -> list[dic
         rows += compare(
             f"PR of all heads, {n} examples / loop of {library} SVDs",
             lambda: streamed_ratios(outputs),
-            lambda: looped_ratios(outputs, library),
+            lambda name=library: looped_ratios(outputs, name),
             n_repeats,
             note=f"{n_heads} heads; {kept:.1f} MiB kept against {stored:.1f} stored; peer: {call}",
         )

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from ..attention.activations import Activations, capture
-from ..attention.omega import OmegaSVD, omega_svd
+from ..attention.omega import omega_vectors
 from ..attention.pairs import firings
 from ..base.checks import check_int
 from ..causal.changed_runs import run_changed
@@ -21,15 +21,17 @@ from ..causal.changes import Changes
 from ..tracing.interventions import edge_interventions
 from ..tracing.projections import INTERVENTIONS
 from ..tracing.projections import edge_vectors
+from ..models.architectures import ArchSpec
 from ..models.heads import head_weights
 from spectral_nb.dev.timing import (
     compare,
-    peak_memory_mb,
+    on_threads,
     random_gpt2,
     random_prompts,
     ratio_row,
     scaling_rows,
     seconds,
+    thread_counts,
 )
 from ..tracing.recursion import trace, trace_tables
 
@@ -37,10 +39,11 @@ from ..tracing.recursion import trace, trace_tables
 class LiteralTrace:
     "Algorithm 1 of arXiv 2410.00340 with loops over pairs, slices and heads."
 
-    def __init__(self, model, acts: Activations, svd: OmegaSVD, threshold: float = 0.5, share: float = 0.7):
-        self.acts, self.svd, self.threshold, self.share = acts, svd, threshold, share
+    def __init__(self, model, acts: Activations, threshold: float = 0.5, share: float = 0.7):
+        self.model, self.acts, self.threshold, self.share = model, acts, threshold, share
+        self.bases, self.spec, self.given, self.deadline = {}, ArchSpec.from_model(model), 0.0, float("inf")
         self.W_O = [head_weights(model, layer).W_O for layer in acts.layers]
-        self.n_heads, self.one, self.seen, self.edges = self.W_O[0].shape[0], torch.ones(1), set(), {}
+        self.n_heads, self.one, self.seen, self.edges = self.spec.n_heads, torch.ones(1), set(), {}
 
     def fires(self, b: int, layer: int, head: int, i: int, j: int) -> bool:
         return (
@@ -49,8 +52,18 @@ class LiteralTrace:
             and self.acts.scores[layer, b, head, i, j].item() > 0
         )
 
+    def basis(self, layer: int, head: int, i: int, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        "Singular vectors and values of a score: given, so that the time to make them is taken off."
+        key = layer, j - i if self.spec.rotates(layer) else 0
+        if key not in self.bases:
+            start = time.perf_counter()
+            self.bases[key] = omega_vectors(self.model, *key)
+            self.given += time.perf_counter() - start
+        U, S, V = self.bases[key]
+        return U[head], S[head], V[head]
+
     def slices(self, b, layer, head, i, j) -> list[tuple[int, float]]:
-        U, S, V = self.svd.U[layer, head], self.svd.S[layer, head], self.svd.V[layer, head]
+        U, S, V = self.basis(layer, head, i, j)
         x_i, x_j = torch.cat([self.acts.x[layer, b, i], self.one]), torch.cat([self.acts.x[layer, b, j], self.one])
         terms, signs = [], []
         for k in range(len(S)):
@@ -67,9 +80,9 @@ class LiteralTrace:
 
     def contributions(self, b, layer, head, i, j) -> list[dict]:
         "Of every upstream head, to the destination and to the source token."
-        slices, S, found = self.slices(b, layer, head, i, j), self.svd.S[layer, head], [{}, {}]
+        slices, (U, S, V), found = self.slices(b, layer, head, i, j), self.basis(layer, head, i, j), [{}, {}]
         for up in ((ul, uh) for ul in range(layer) for uh in range(self.n_heads)):
-            for side, t, vectors in ((0, i, self.svd.U[layer, head]), (1, j, self.svd.V[layer, head])):
+            for side, t, vectors in ((0, i, U), (1, j, V)):
                 o, value = self.acts.z[up[0], b, t, up[1]] @ self.W_O[up[0]][up[1]], 0.0
                 for k, sign in slices:
                     value += S[k].item() ** 0.5 * sign * (vectors[:-1, k] @ o).item()
@@ -79,7 +92,7 @@ class LiteralTrace:
     def visit(self, b: int, layer: int, head: int, i: int, j: int) -> None:
         if (b, layer, head, i, j) in self.seen:
             return
-        if time.perf_counter() > self.deadline:
+        if time.perf_counter() - self.given > self.deadline:
             raise TimeoutError
         self.seen.add((b, layer, head, i, j))
         for token, t, found in zip((0, 1), (i, j), self.contributions(b, layer, head, i, j)):
@@ -95,7 +108,7 @@ class LiteralTrace:
 
     def run(self, roots, end, limit_s: float = float("inf")) -> dict:
         "Trace every prompt, or stop after `limit_s` seconds."
-        self.deadline = time.perf_counter() + limit_s
+        self.seen, self.edges, self.deadline = set(), {}, time.perf_counter() - self.given + limit_s
         try:
             for b in range(self.acts.x.shape[1]):
                 for layer, head in roots:
@@ -111,12 +124,12 @@ class ScriptTrace(LiteralTrace):
     "The same as the released scripts loop: a head's output is formed for all prompts and tokens each time."
 
     def contributions(self, b, layer, head, i, j) -> list[dict]:
-        slices, S, found = self.slices(b, layer, head, i, j), self.svd.S[layer, head], [{}, {}]
+        slices, (U, S, V), found = self.slices(b, layer, head, i, j), self.basis(layer, head, i, j), [{}, {}]
         weight = torch.tensor([sign * S[k].item() ** 0.5 for k, sign in slices])
         k = [k for k, _ in slices]
         for up in ((ul, uh) for ul in range(layer) for uh in range(self.n_heads)):
             o = self.acts.z[up[0], :, :, up[1]] @ self.W_O[up[0]][up[1]]
-            for side, t, vectors in ((0, i, self.svd.U[layer, head]), (1, j, self.svd.V[layer, head])):
+            for side, t, vectors in ((0, i, U), (1, j, V)):
                 found[side][up] = ((vectors[:-1, k] * weight).sum(1) @ o[b, t]).item() / self.acts.ln_scale[
                     layer, b, t
                 ].item()
@@ -132,48 +145,49 @@ def _roots(model, batch) -> list[tuple[int, int]]:
     return [tuple(h) for h in heads[counts.argsort(descending=True)[:3]].tolist()]
 
 
-def _literal_seconds(kind: type, model, batch, roots, limit_s: float) -> tuple[float, LiteralTrace]:
-    "Seconds a firing of a literal tracer, timed for `limit_s` seconds, and the tracer."
-    literal = kind(model, capture(model, batch, logits=False), omega_svd(model))
+def literal_seconds(literal: LiteralTrace, roots, end, limit_s: float) -> float:
+    "Seconds a firing of a literal tracer, timed for `limit_s` seconds."
+    given = literal.given
     with torch.inference_mode():
-        taken = seconds(literal.run, roots, batch.at("end"), limit_s)
-    return taken / len(literal.seen), literal
+        taken = seconds(literal.run, roots, end, limit_s)
+    return (taken - (literal.given - given)) / len(literal.seen)
 
 
-def trace_rows(model, n_repeats: int = 3, n_prompts: int = 256, limit_s: float = 20.0) -> list[dict]:
-    "The trace against the literal algorithm and the released scripts' loops, each timed for `limit_s` seconds."
-    batch = random_prompts(n_prompts, 20, shortest=14)
-    roots = _roots(model, batch.subset(slice(0, 16)))
-    parts = (batch.subset(slice(0, max(1, n_prompts // 4))), batch)
-    memory = [peak_memory_mb(lambda part=part: trace(model, part, roots)) for part in parts]
+_KEYS = ["prompt", "layer", "head", "q_pos", "k_pos", "upstream_layer", "upstream_head"]
+
+
+def _trace_times(model, batch, roots, n_firings: int, literals: list, n_repeats: int, limit_s: float) -> np.ndarray:
+    "Seconds [repeat, side] of the trace and of each literal tracer, scaled to all firings, with its pass."
+    end, times = batch.at("end"), []
+    trace(model, batch, roots)
+    for _ in range(n_repeats):
+        mine = seconds(trace, model, batch, roots)
+        taken = [literal_seconds(literal, roots, end, limit_s) * n_firings for literal in literals]
+        passes = seconds(lambda: capture(model, batch, logits=False))
+        times.append([mine, *(t + passes for t in taken)])
+    return np.array(times)
+
+
+def trace_rows(name: str, model, batch, roots, n_repeats: int = 5, limit_s: float = 3.0) -> list[dict]:
+    "The trace against both literal tracers, each timed for `limit_s` seconds a repeat."
+    check_int("n_repeats", n_repeats, 1)
     edges, firing = trace_tables(model, batch, roots)
-    few = batch.subset(slice(0, min(n_prompts, 8)))
-    literal_s, literal = _literal_seconds(LiteralTrace, model, few, roots, limit_s)
-    script_s, script = _literal_seconds(ScriptTrace, model, batch, roots, limit_s)
-    keys = ["prompt", "layer", "head", "q_pos", "k_pos", "upstream_layer", "upstream_head"]
-    mine = set(edges.loc[edges["prompt"] < 8, keys].itertuples(index=False, name=None))
-    common = np.mean([(*k[:5], *k[6:]) in mine for k in literal.edges])
-    whole, passes = [], []
-    for _ in range(check_int("n_repeats", n_repeats, 1)):
-        whole.append(seconds(trace, model, batch, roots))
-        with torch.inference_mode():
-            passes.append(seconds(lambda: [model(part.tokens) for _, part in batch.by_length(64)]))
-    whole, passes = np.array(whole), np.array(passes)
-    alone, n = whole - passes, len(firing)
-    size = f"{n_prompts} prompts, {n} firings, {len(edges)} edges; {torch.get_num_threads()} threads"
-    each, bare = (1e6 * np.median(t) / n for t in (whole, alone))
-    note = (
-        f"{size}; peer timed on {len(literal.seen)} firings and scaled, {common:.1%} of its edges found; "
-        f"{1e3 * literal_s:.2f} ms a firing against {each:.0f} us, {bare:.0f} without the forward pass; "
-        f"peak {memory[1]:.0f} MiB, {memory[0]:.0f} with a quarter of the prompts"
-    )
-    scripts = f"{size}; peer timed on {len(script.seen)} firings and scaled"
-    without = "trace / Algorithm 1, without the forward pass"
-    return [
-        ratio_row("trace / Algorithm 1", whole, literal_s * n + passes, note=note),
-        ratio_row(without, alone, np.full(n_repeats, literal_s * n), note=note),
-        ratio_row("trace / loops of the released scripts", whole, script_s * n + passes, note=scripts),
-    ]
+    acts, rows = capture(model, batch, logits=False), []
+    literals = [LiteralTrace(model, acts), ScriptTrace(model, acts)]
+    for n in thread_counts():
+        with on_threads(n):
+            times = _trace_times(model, batch, roots, len(firing), literals, n_repeats, limit_s)
+        for at, (said, literal) in enumerate(
+            zip(("literal Algorithm 1", "loops of the released scripts"), literals), 1
+        ):
+            mine = set(edges[_KEYS].itertuples(index=False, name=None))
+            common = np.mean([(*k[:5], *k[6:]) in mine for k in literal.edges])
+            note = (
+                f"{len(batch)} prompts, {len(firing)} firings, {len(edges)} edges; extrapolated: peer timed on about "
+            )
+            note += f"{len(literal.seen)} of the firings a repeat and scaled; {common:.1%} of its edges are ours"
+            rows.append(ratio_row(f"{name}trace / {said}", times[:, 0], times[:, at], note=note, threads=n))
+    return rows
 
 # %% ../../nbs/dev/bench_svt.ipynb #22-009
 def _unbatched(model, batch, edges: pd.DataFrame, kinds) -> None:
@@ -198,37 +212,28 @@ def _unbatched(model, batch, edges: pd.DataFrame, kinds) -> None:
                 )
 
 
-def intervention_row(name: str, model, n_repeats: int = 3, n_edges: int = 100) -> dict:
+def intervention_rows(name: str, model, batch, edges: pd.DataFrame, n_repeats: int, n_edges: int) -> list[dict]:
     "All kinds of interventions on `n_edges` traced edges against a pass for each."
-    batch = random_prompts(16, 20, shortest=14)
-    edges = trace(model, batch, _roots(model, batch))
-    edges = edges.iloc[np.linspace(0, len(edges) - 1, min(n_edges, len(edges))).astype(int)].reset_index(drop=True)
+    some = np.linspace(0, len(edges) - 1, min(n_edges, len(edges))).astype(int)
+    edges = edges.iloc[some].reset_index(drop=True)
     n_kinds = len(INTERVENTIONS)
-    note = (
-        f"{len(edges)} edges, {n_kinds} kinds, {len(edges) * n_kinds} interventions; {torch.get_num_threads()} threads"
-    )
     return compare(
-        f"interventions / one pass an edge and kind ({name})",
+        f"{name}interventions / one pass an edge and kind",
         lambda: edge_interventions(model, batch, edges),
         lambda: _unbatched(model, batch, edges, INTERVENTIONS),
         n_repeats,
-        note=note,
+        note=f"both: {len(edges)} edges, {n_kinds} kinds, {len(edges) * n_kinds} interventions; {len(batch)} prompts",
     )
 
 
-def benchmarks(
-    n_repeats: int = 3,
-    n_layers: int = 12,
-    n_heads: int = 12,
-    d_head: int = 64,
-    n_prompts: int = 256,
-    n_edges: int = 100,
-) -> pd.DataFrame:
+QUICK = dict(n_repeats=1, n_edges=2)
+
+
+def benchmarks(n_repeats: int = 5, n_edges: int = 25) -> pd.DataFrame:
     "All rows, as `timing.ratio_row` makes them."
-    model, small = random_gpt2(n_layers, n_heads, d_head), random_gpt2(3, 4, 16)
-    rows = trace_rows(model, n_repeats, n_prompts)
-    rows.append(intervention_row("as small as the shipped models", small, n_repeats, n_edges))
-    return pd.DataFrame([*rows, intervention_row("GPT-2 small", model, n_repeats, n_edges)])
+    model, batch = random_gpt2(3, 4, 16), random_prompts(16, 20, shortest=14)
+    edges = trace(model, batch, _roots(model, batch))
+    return pd.DataFrame(intervention_rows("random 3 x 4 heads: ", model, batch, edges, n_repeats, n_edges))
 
 # %% ../../nbs/dev/bench_svt.ipynb #22-010
 def scaling() -> pd.DataFrame:

@@ -115,32 +115,50 @@ def _number(x: float) -> str:
 
 
 FAIR_ROWS = (  # of the front page: the same work, done by what a user would otherwise run
-    "head norms, one layer / FactoredMatrix",
     "omega_svd / FactoredMatrix.svd",
-    "trace / Algorithm 1",
-    "interventions / one pass an edge and kind (GPT-2 small)",
-    "survey, 64 tokens: six classes / detect_head's three",
+    "SmolLM2: trace / literal Algorithm 1",
+    "SmolLM2: interventions / one pass an edge and kind",
+    "SmolLM2: single heads / whole passes",
+    "SmolLM2: survey / cached patterns",
 )
 
 
+def _ratio(row) -> str:
+    "Median with its range."
+    span = f" [{_number(row.ratio_low)}, {_number(row.ratio_high)}]" if row.n_repeats > 1 else ""
+    return _number(row.ratio) + span
+
+
+def _some_rows(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    "A row a name: at all cores, with the ratio on one thread beside it; what was not measured says so."
+    rows = []
+    for name in names:
+        mine = table[table.benchmark == name].sort_values("threads", kind="stable")
+        if mine.empty:
+            rows.append({"benchmark": name, "ratio": "not measured: run `make bench`"})
+            continue
+        last, single = mine.iloc[-1], mine[mine.threads == 1]
+        one = _ratio(single.iloc[0]) if len(single) else ""
+        sides = {k: f"{_number(last[v])} {last.unit}" for k, v in (("here", "ours"), ("peer", "peer"))}
+        rows.append({"benchmark": name, "ratio": _ratio(last), "on one thread": one, **sides, "note": last.note})
+    columns = ["benchmark", "ratio", "on one thread", "here", "peer", "note"]
+    return pd.DataFrame(rows).reindex(columns=columns).fillna("")
+
+
 def benchmark_table(names: Sequence[str] | None = None) -> pd.DataFrame:
-    "Benchmark ratios with their range, as `make bench` last wrote them; only the rows `names`, in their order."
+    "Benchmark ratios with their range, as `make bench` last wrote them; or one row for each of `names`, in order."
     path = data_dir() / "bench" / "benchmarks.parquet"
     if not path.is_file():
         return pd.DataFrame({"benchmark": ["`make bench` has not been run"]})
     t = read_table(path)
+    t = t if "threads" in t else t.assign(threads=0)
     if names is not None:
-        if missing := set(names) - set(t.benchmark):
-            raise ValueError(f"names: the benchmarks lack {sorted(missing)}")
-        t = t.set_index("benchmark").loc[list(names)].reset_index()
-    ratio = [
-        _number(r.ratio) + (f" [{_number(r.ratio_low)}, {_number(r.ratio_high)}]" if r.n_repeats > 1 else "")
-        for r in t.itertuples()
-    ]
+        return _some_rows(t, names)
     return pd.DataFrame(
         {
             "benchmark": t.benchmark,
-            "ratio": ratio,
+            "threads": t.threads.map(lambda n: n or ""),
+            "ratio": [_ratio(r) for r in t.itertuples()],
             "here": [f"{_number(x)} {u}" for x, u in zip(t.ours, t.unit)],
             "peer": [f"{_number(x)} {u}" for x, u in zip(t.peer, t.unit)],
             "note": t.note.fillna(""),

@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..base.arguments import checked
-from ..attention.activations import Activations, capture
-from ..attention.pairs import Pairs, firings
+from ..attention.activations import Activations
+from ..attention.fired_pairs import capture_firings
+from ..attention.pairs import Pairs
 from ..base.checks import check_int, head_name
 from ..base.intervals import bootstrap_ci
 from ..models.architectures import ArchSpec
@@ -46,22 +47,25 @@ def _direct_effects(model: Any, acts: Activations, layer: int, rows, end, direct
 
 def direct_effects(model: Any, part: Any, options: TraceOptions) -> tuple[Tensor, Tensor]:
     "(direct effect, whether it fires) of every prompt, layer and head."
-    spec, acts = ArchSpec.from_model(model), capture(model, part, logits=False)
+    spec = ArchSpec.from_model(model)
+    acts, p = capture_firings(model, part, list(range(spec.n_layers)), options.threshold)
     rows, end = torch.arange(len(part), device=acts.x.device), part.at(options.q_role).to(acts.x.device)
     direction = end_directions(model, part, options.target, options.q_role)
     effect = torch.stack([_direct_effects(model, acts, layer, rows, end, direction) for layer in acts.layers], 1)
     every = [(a, h) for a in range(spec.n_layers) for h in range(spec.n_heads)]
-    p = firings(acts, part, options.threshold)
     p = p[root_firings(acts, p, part, every, options)]
     fired = torch.zeros(len(part), spec.n_layers, spec.n_heads)
     fired[p.prompt.cpu(), p.layer.cpu(), p.head.cpu()] = 1.0
     return effect.cpu(), fired
 
 # %% ../../nbs/tracing/roots.ipynb #roots-0052
+_TOKENS = 1 << 12  # in one batch: inputs and outputs of every layer are held
+
+
 def _parts(batch: Any, options: TraceOptions) -> Iterable[tuple[Any, TraceOptions]]:
-    "Batches of prompts, each with its own rows of the target."
-    places = torch.arange(len(batch)).split(options.batch_size)
-    for at, part in zip(places, batch.batches(options.batch_size)):
+    "Batches of prompts, each with its own rows of the target; fewer at once where prompts are long."
+    size = max(1, min(options.batch_size, _TOKENS // batch.tokens.shape[1]))
+    for at, part in zip(torch.arange(len(batch)).split(size), batch.batches(size)):
         yield part, replace(options, target=part_target(options.target, at))
 
 # %% ../../nbs/tracing/roots.ipynb #roots-0055

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/tracing/upstream.ipynb #upstream-002
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +26,12 @@ from ..models.heads import as_written, head_weights
 class Upstream:
     "Outputs of components, ordered by layer."
 
-    outputs: Float[Tensor, "component token d_model"]  # token = prompt * width + position
+    outputs: Float[Tensor, "component token d_model"] | None  # token = prompt * width + position; None: `form` them
     labels: list[str]
     layer: np.ndarray  # -1 for embeddings
     head: np.ndarray  # -1 for what is no head
+    form: Callable[[Tensor, int], Tensor] | None = None  # outputs at some tokens, of the heads of some layers
+    at_once: int = 0  # tokens whose outputs there is room for
 
     def before(self, layer: int) -> int:
         "How many components lie in earlier layers."
@@ -42,21 +45,36 @@ def upstream_labels(spec: ArchSpec, top: int) -> Upstream:
     return Upstream(torch.empty(0), [head_name(*p) for p in pairs], layers, heads)
 
 
+def _formed(model: Any, acts: Activations, token: Tensor | None, out: Tensor) -> Tensor:
+    "The outputs of the heads of the first layers, as many as `out` holds, at some tokens (None: all)."
+    spec = ArchSpec.from_model(model)
+    for layer, mine in enumerate(out.split(spec.n_heads)):
+        z = acts.z[acts.index(layer)].reshape(-1, spec.n_heads, spec.d_head)
+        z = z if token is None else z[token]
+        torch.bmm(z.transpose(0, 1), head_weights(model, layer).W_O, out=mine)
+        if spec.norm_after or spec.write_scale != 1.0:
+            after = None if acts.out_scale is None else acts.out_scale[acts.index(layer)].flatten()
+            after = after if token is None or after is None else after[token]
+            mine.copy_(as_written(model, layer, mine, after))
+    return out
+
+
 def head_outputs(model: Any, acts: Activations, top: int, room: Tensor | None = None) -> Upstream:
     """Every head's output, as written to the stream, in the layers before `top`.
 
-    `room` is memory to put them in, at least as many numbers."""
+    `room` is memory to put them in. Where they do not fit, they are formed at some tokens at a time, when read."""
     spec = ArchSpec.from_model(model)
-    n_tokens = acts.x.shape[1] * acts.x.shape[2]
+    n_tokens, per_token = acts.x.shape[1] * acts.x.shape[2], top * spec.n_heads * spec.d_model
     shape = (top * spec.n_heads, n_tokens, spec.d_model)
-    outputs = acts.x.new_empty(shape) if room is None else room[: shape[0] * shape[1] * shape[2]].view(shape)
-    for layer, out in enumerate(outputs.split(spec.n_heads)):
-        z = acts.z[acts.index(layer)].reshape(n_tokens, spec.n_heads, spec.d_head)
-        torch.bmm(z.transpose(0, 1), head_weights(model, layer).W_O, out=out)
-        if spec.norm_after or spec.write_scale != 1.0:
-            after = None if acts.out_scale is None else acts.out_scale[acts.index(layer)].flatten()
-            out.copy_(as_written(model, layer, out, after))
-    return replace(upstream_labels(spec, top), outputs=outputs)
+    if room is None or room.numel() >= n_tokens * per_token:
+        outputs = acts.x.new_empty(shape) if room is None else room[: n_tokens * per_token].view(shape)
+        return replace(upstream_labels(spec, top), outputs=_formed(model, acts, None, outputs))
+
+    def form(token: Tensor, n: int) -> Tensor:
+        out = room[: n * len(token) * spec.d_model].view(n, len(token), spec.d_model)
+        return _formed(model, acts, token, out)
+
+    return replace(upstream_labels(spec, top), outputs=None, form=form, at_once=max(1, room.numel() // per_token))
 
 
 def parse_label(label: str) -> tuple[int, int]:
@@ -93,6 +111,19 @@ def contributions(
     for t, mine, out in zip(tokens.tolist(), sorted_vectors, ordered.split(counts)):
         torch.mm(mine, by_token[t].T, out=out)
     return result.index_copy_(0, order, ordered)
+
+
+def contributions_of(upstream: Upstream, n: int, token: Int[Tensor, "row"], vectors: Tensor) -> Tensor:
+    "`contributions` of the first `n` components, whose outputs are there or are formed at some tokens at a time."
+    if upstream.form is None:
+        return contributions(upstream.outputs[:n], token, vectors)
+    tokens, which = token.unique(return_inverse=True)
+    result = vectors.new_empty(len(token), n)
+    for start in range(0, len(tokens), upstream.at_once):
+        some = tokens[start : start + upstream.at_once]
+        rows = ((which >= start) & (which < start + len(some))).nonzero().squeeze(1)
+        result[rows] = contributions(upstream.form(some, n), which[rows] - start, vectors[rows])
+    return result
 
 
 def significant(
