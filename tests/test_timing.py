@@ -49,7 +49,9 @@ def test_compare_leaves_out_the_first_call_and_scales_the_peer(clock):
 def test_both_sides_are_timed_in_turns(clock):
     order = []
     tick = clock.call(1.0)
-    timing.compare("x", lambda: (order.append("ours"), tick()), lambda: (order.append("peer"), tick()), 2, threads=(1, 2))
+    timing.compare(
+        "x", lambda: (order.append("ours"), tick()), lambda: (order.append("peer"), tick()), 2, threads=(1, 2)
+    )
     assert order == ["ours", "peer"] * 6
 
 

@@ -98,6 +98,14 @@ def refuse_non_finite(name: str, value: Tensor) -> None:
     check_finite("activations", value.masked_fill(value == -torch.inf, 0.0) if masked else value, what)
 
 # %% ../../nbs/attention/activations.ipynb #03-005d
+def _forget_maps(model, name: str) -> None:
+    "TransformerLens' attention modules each keep their last pattern: let go of that before the hook's layer."
+    layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+    attention = getattr(model.blocks[layer - 1], "attn", None) if layer else None
+    if getattr(attention, "_pattern", None) is not None:
+        attention._pattern = None
+
+
 @torch.no_grad()
 def run_to(
     model,
@@ -113,6 +121,7 @@ def run_to(
     scores = {name.replace("hook_pattern", "hook_attn_scores") for name in names if name.endswith("hook_pattern")}
 
     def hook_fn(value, hook, name):
+        _forget_maps(model, name)
         if not name.endswith("hook_pattern"):
             refuse_non_finite(name, value)
         if name not in names:
