@@ -17,7 +17,7 @@ from ..attention.activations import Activations
 from ..attention.pairs import Pairs
 from .options import TraceOptions
 from .reading import reading_vectors
-from .upstream import Upstream, contributions, significant
+from .upstream import Upstream, contributions_of, significant
 from .values import value_readings
 
 # %% ../../nbs/tracing/layer_edges.ipynb #layer-edges-004
@@ -54,7 +54,7 @@ def layer_edges(read: Read, pairs: Pairs, upstream: Upstream, width: int, option
         return {}
     positions = torch.stack([pairs.q_pos, *[pairs.k_pos] * (len(read.vectors) - 1)])
     token = (pairs.prompt * width + positions).flatten()
-    c = contributions(upstream.outputs[:n], token, read.vectors.flatten(0, 1)) + read.bias.flatten()[:, None]
+    c = contributions_of(upstream, n, token, read.vectors.flatten(0, 1)) + read.bias.flatten()[:, None]
     floor = _FLOOR * read.signal.flatten().abs()
     c = torch.where(c.abs() > floor[:, None], c, 0.0)
     row, component = (significant(c, options.share, floor) & (c > 0)).nonzero().unbind(1)

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..base.arguments import checked
-from ..attention.activations import Activations, capture
-from ..attention.pairs import Pairs, firings
+from ..attention.activations import Activations
+from ..attention.fired_pairs import capture_firings
+from ..attention.pairs import Pairs
 from ..base.checks import head_name, parse_heads
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
@@ -49,9 +50,8 @@ class _Part:
 def _prepared(model, part, roots, options: TraceOptions, room: Tensor) -> _Part:
     "Activations up to the highest root, outputs of what lies upstream, firings."
     top = max(layer for layer, _ in roots)
-    acts = capture(model, part, layers=list(range(top + 1)), logits=False)
+    acts, pairs = capture_firings(model, part, list(range(top + 1)), options.threshold)
     upstream = head_outputs(model, acts, top, room) if options.components == "heads" else all_outputs(model, part, top)
-    pairs = firings(acts, part, options.threshold)
     chosen = root_firings(acts, pairs, part, roots, options)
     if not options.values:
         return _Part(acts, pairs, chosen, upstream)
@@ -229,13 +229,16 @@ def _warn_of_raw(model: Any) -> None:
         )
 
 
+_ROOM = 1 << 28  # bytes of head outputs that are held at once
+
+
 def _room(model, batch, top: int, options: TraceOptions) -> tuple[int, Tensor]:
     "(prompts at once, memory for their head outputs, made once: new memory is slow)."
     spec = ArchSpec.from_model(model)
     per_prompt = 4 * batch.tokens.shape[1] * max(1, top * (spec.n_heads + 2)) * spec.d_model
-    size = max(1, min(options.batch_size, len(batch), (1 << 28) // per_prompt))
+    size = max(1, min(options.batch_size, len(batch), _ROOM // per_prompt))
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    numbers = size * per_prompt // 4 if options.components == "heads" else 0
+    numbers = min(size * per_prompt, _ROOM) // 4 if options.components == "heads" else 0
     return size, torch.empty(numbers, dtype=dtype, device=model.cfg.device)
 
 # %% ../../nbs/tracing/recursion.ipynb #recursion-010
