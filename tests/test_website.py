@@ -12,7 +12,7 @@ from test_circuit_page import wait_for
 from spectral_nb.base.sources import modules
 from spectral_nb.dev import website
 from spectral_nb.dev.house import declared_all, notebooks
-from spectral_nb.dev.site_pages import math_to_mathml, notebook_page
+from spectral_nb.dev.site_pages import figure_text, math_to_mathml, notebook_page
 from spectral_nb.dev.website import PageLinks, broken_links, build_site
 
 PAGES = [
@@ -43,13 +43,14 @@ class Article(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
         self.inside, self.title, self.code, self.images, self.lone, self.prose = Counter(), "", [], [], 0, []
-        self.titled = False
+        self.titled, self.alts = False, []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         given = dict(attrs)
         if tag == "img":
             self.images.append(given["src"])
+            self.alts.append(given.get("alt", ""))
         if tag == "math" and given["display"] == "inline":
             self.lone += not any(self.inside[t] for t in LINES)
         if tag == "pre":
@@ -150,6 +151,20 @@ def test_figures_are_files_with_sizes(articles, site, drawn):
     for name, src in images:
         assert ((site / name).parent / src).stat().st_size > 500
     assert {f"{name}.html" for name in drawn} - {"index.html"} <= {name for name, _ in images}
+
+
+def test_figures_say_what_is_to_be_seen(articles):
+    "Those who do not see a figure hear the text beside it, not the word figure."
+    said = [(name, alt) for name, article in articles.items() for alt in article.alts]
+    assert said and not [(name, alt) for name, alt in said if len(alt.split()) < 3]
+
+
+def test_the_text_of_a_figure_is_that_below_it_or_else_above():
+    cells = [nbformat.v4.new_markdown_cell("# A [title](x.ipynb)"), nbformat.v4.new_code_cell("plot()")]
+    nb = nbformat.v4.new_notebook(cells=cells)
+    assert figure_text(nb, 1) == "A title"
+    nb.cells.append(nbformat.v4.new_markdown_cell("**What to see.** Heads `L1H2` fall, [here](b.md)."))
+    assert figure_text(nb, 1) == "What to see. Heads L1H2 fall, here."
 
 
 def test_search_works_from_disk(site, open_page):

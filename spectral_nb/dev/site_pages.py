@@ -73,10 +73,26 @@ def _exporter():
     return MarkdownExporter()
 
 
+def figure_text(nb, place: int) -> str:
+    "What is said of the figures of a cell, for those who do not see them: the text below, else that above."
+    near = [c.source for c in nb.cells[place + 1 : place + 2] if c.cell_type == "markdown" and c.source[:1] != "#"]
+    near += [c.source for c in nb.cells[:place][::-1] if c.cell_type == "markdown"]
+    words = re.sub(r"<[^>]+>|[*`#]|^\|.*$", "", near[0] if near else "", flags=re.M)
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", words).translate(str.maketrans("[]", "()")).split()
+    return textwrap.shorten(" ".join(words), 240, placeholder=" ...") or "figure"
+
+
+def figure_texts(nb) -> list[str]:
+    "`figure_text` of every figure of a notebook, in order."
+    cells = [(i, o) for i, cell in enumerate(nb.cells) for o in cell.get("outputs", [])]
+    return [figure_text(nb, i) for i, output in cells if "image/png" in output.get("data", {})]
+
+
 def notebook_page(path: Path, name: str, docs: Path) -> str:
     "Write one notebook as `docs/<name>.md` with its figures beside it; returns its title."
     nb, page = nbformat.read(path, 4), docs / f"{name}.md"
     _for_readers(nb)
+    said = iter(figure_texts(nb))
     resources = {"unique_key": page.stem, "output_files_dir": f"{page.stem}_files"}
     body, resources = _exporter().from_notebook_node(nb, resources=resources)
     for file, content in (resources.get("outputs") or {}).items():
@@ -84,7 +100,8 @@ def notebook_page(path: Path, name: str, docs: Path) -> str:
         (page.parent / file).write_bytes(content)
     body = re.sub(r"```python\n\s*```\n", "", body)
     body = re.sub(r"<style scoped>.*?</style>", "", body, flags=re.S)
-    body = re.sub(r"!\[png\]\(", "![figure](", body)
+    body = re.sub(r"!\[png\]\(", lambda _: f"![{next(said)}](", body)
+    body = body.replace('<table border="1" class="dataframe">', '<table class="dataframe" tabindex="0">')
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(markdown_links(body))
     return notebook_title(nb)
