@@ -3462,6 +3462,4 @@ d = { 'settings': { 'branch': 'main',
                                           'spectral_nb.which_signal.WhichSignalConfig.__post_init__': ( 'which_signal.html#whichsignalconfig.__post_init__',
                                                                                                         'spectral_nb/which_signal.py'),
                                           'spectral_nb.which_signal.measure': ('which_signal.html#measure', 'spectral_nb/which_signal.py'),
-                                          'spectral_nb.which_signal.measure_edges': ( 'which_signal.html#measure_edges',
-                                                                                      'spectral_nb/which_signal.py'),
                                           'spectral_nb.which_signal.run': ('which_signal.html#run', 'spectral_nb/which_signal.py')}}}

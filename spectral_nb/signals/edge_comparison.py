@@ -114,6 +114,8 @@ def compare_task_edges(model: Any, task: str, cfg: Any) -> pd.DataFrame:
 # %% ../../nbs/signals/edge_comparison.ipynb #edge-comparison-006
 def compare_edges(cfg: Any, skipped: dict) -> pd.DataFrame:
     "Of every model and task of `cfg`, a `WhichSignalConfig`; what cannot be asked goes into `skipped`, with why."
+    if "edges" not in cfg.parts.split():
+        return pd.DataFrame()
     parts = []
     for name in cfg.model_name.split():
         model = load_model(name, processing=cfg.processing)
