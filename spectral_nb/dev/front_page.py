@@ -116,10 +116,10 @@ def _number(x: float) -> str:
 
 FAIR_ROWS = (  # of the front page: the same work, done by what a user would otherwise run
     "omega_svd / FactoredMatrix.svd",
-    "SmolLM2: trace / literal Algorithm 1",
-    "SmolLM2: interventions / one pass an edge and kind",
-    "SmolLM2: single heads / whole passes",
-    "SmolLM2: survey / cached patterns",
+    "trace / Algorithm 1",
+    "interventions / one pass an edge and kind (GPT-2 small)",
+    "survey, 64 tokens: six classes / detect_head's three",
+    "norms of all weights / WeightWatcher, which also fits power laws",
 )
 
 
