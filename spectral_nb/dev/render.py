@@ -21,6 +21,7 @@ from ..base.files import atomic_path, read_table, write_table
 from ..base.paths import data_dir, repo_root
 from ..base.sources import code_stamp as stamp
 from .house import notebooks
+from .site_pages import figure_texts
 
 # %% ../../nbs/dev/render.ipynb #21-005
 def code_stamp(notebook: str | Path, package: Path | None = None) -> str:
@@ -83,6 +84,8 @@ def write_readme(index: str | Path | None = None, readme: str | Path | None = No
         with atomic_path(folder / f"figure{number}.png") as temporary:
             temporary.write_bytes(content)
         body = body.replace(f"({name})", f"(data/readme/figure{number}.png)")
+    said = iter(figure_texts(nb))
+    body = re.sub(r"!\[png\]\(", lambda _: f"![{next(said)}](", body)
     body = re.sub(r"```python\n#\| echo: false.*?```\n", "", body, flags=re.S)
     with atomic_path(readme) as temporary:
         temporary.write_text(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n")
