@@ -75,7 +75,7 @@ def _exporter():
 
 def figure_text(nb, place: int) -> str:
     "What is said of the figures of a cell, for those who do not see them: the text below, else that above."
-    near = [c.source for c in nb.cells[place + 1 : place + 2] if c.cell_type == "markdown" and c.source[:1] != "#"]
+    near = [c.source for c in nb.cells[place + 1 : place + 3] if c.cell_type == "markdown" and c.source[:1] != "#"]
     near += [c.source for c in nb.cells[:place][::-1] if c.cell_type == "markdown"]
     words = re.sub(r"<[^>]+>|[*`#]|^\|.*$", "", near[0] if near else "", flags=re.M)
     words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", words).translate(str.maketrans("[]", "()")).split()
