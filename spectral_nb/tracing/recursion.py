@@ -18,9 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..base.arguments import checked
-from ..attention.activations import Activations
+from ..attention.activations import Activations, capture
 from ..attention.fired_pairs import capture_firings
-from ..attention.pairs import Pairs
+from ..attention.pairs import Pairs, firings
 from ..base.checks import head_name, parse_heads
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
@@ -50,7 +50,12 @@ class _Part:
 def _prepared(model, part, roots, options: TraceOptions, room: Tensor) -> _Part:
     "Activations up to the highest root, outputs of what lies upstream, firings."
     top = max(layer for layer, _ in roots)
-    acts, pairs = capture_firings(model, part, list(range(top + 1)), options.threshold)
+    layers = list(range(top + 1))
+    if options.weights:  # what an edge does to a weight depends on the scores of all other keys
+        acts = capture(model, part, layers=layers, logits=False)
+        pairs = firings(acts, part, options.threshold)
+    else:
+        acts, pairs = capture_firings(model, part, layers, options.threshold)
     upstream = head_outputs(model, acts, top, room) if options.components == "heads" else all_outputs(model, part, top)
     chosen = root_firings(acts, pairs, part, roots, options)
     if not options.values:
