@@ -142,7 +142,8 @@ def _some_rows(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         sides = {k: f"{_number(last[v])} {last.unit}" for k, v in (("here", "ours"), ("peer", "peer"))}
         rows.append({"benchmark": name, "ratio": _ratio(last), "on one thread": one, **sides, "note": last.note})
     columns = ["benchmark", "ratio", "on one thread", "here", "peer", "note"]
-    return pd.DataFrame(rows).reindex(columns=columns).fillna("")
+    found = pd.DataFrame(rows).reindex(columns=columns).fillna("")
+    return found if found["on one thread"].any() else found.drop(columns="on one thread")
 
 
 def benchmark_table(names: Sequence[str] | None = None) -> pd.DataFrame:
