@@ -8,13 +8,14 @@ __all__ = ['HeadGrams', 'head_participation', 'pr_spread', 'pr_integral', 'rank_
 # %% ../../nbs/attention/participation.ipynb #05-002
 import dataclasses
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from ..base.arguments import checked
 from ..base.checks import check_finite, check_float, check_int, unknown_name_error
@@ -76,11 +77,13 @@ def read_outputs(
 
     def read(layer, z):
         kept[layer] = z[rows, positions].reshape(len(tokens), n_heads, -1)
+        if len(kept) == n_layers:
+            raise StopAtLayerException(z)  # what TransformerLens itself ends a pass with
 
     training, body = model.training, model if _is_bridge(model) else model.base_model
     model.eval()
     try:
-        with torch.no_grad(), _tap(model, read):
+        with torch.no_grad(), _tap(model, read), suppress(StopAtLayerException):
             body(tokens)
     finally:
         model.train(training)

@@ -14,7 +14,29 @@ from ..base.checks import check_in, check_int, parse_heads
 from ..base.intervals import bootstrap_ci
 from .ablation import COMPARED_MODES, PAIRED, parts_with, prepared
 from .head_runs import head_values
-from .metrics import evaluate, harm
+from .metrics import harm
+
+# %% ../../nbs/causal/head_effects.ipynb #head-effects-003
+def values_alone(
+    model, batch, metric, pairs, mode="zero", reference=None, seed=0, batch_size=256
+) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray]]:
+    "`metric` of every prompt: of the whole model, and without each of `pairs`, alone."
+    if not len(batch):
+        raise ValueError("batch: needs at least one prompt, got none")
+    parts = []
+    for part, mine in parts_with(batch, reference, mode, check_int("batch_size", batch_size, 1)):
+        parts.append(head_values(model, part, pairs, metric, mode, mine, seed))
+    ablated = {pair: np.concatenate([values[pair] for _, values in parts]) for pair in pairs}
+    return np.concatenate([whole for whole, _ in parts]), ablated
+
+
+def effect_table(baseline: np.ndarray, ablated: dict[tuple[int, int], np.ndarray], metric, seed: int) -> pd.DataFrame:
+    "One row a head: mean harm and its 95 % bootstrap interval over prompts."
+    rows = [
+        (*pair, *bootstrap_ci(harm(baseline, values, metric), n_resamples=500, seed=seed))
+        for pair, values in ablated.items()
+    ]
+    return pd.DataFrame(rows, columns=["layer", "head", "effect", "ci_low", "ci_high"])
 
 # %% ../../nbs/causal/head_effects.ipynb #head-effects-004
 @checked
@@ -40,11 +62,5 @@ def single_heads(
     if mode not in ("zero", PAIRED) and reference is None:
         raise ValueError(f"reference: mode={mode!r} needs a reference batch")
     reference = prepared(model, batch, reference, mode)
-    baseline, parts = evaluate(model, batch, metric), []
-    for part, mine in parts_with(batch, reference, mode, check_int("batch_size", batch_size, 1)):
-        parts.append(head_values(model, part, pairs, metric, mode, mine, seed))
-    rows = []
-    for pair in pairs:
-        ablated = np.concatenate([values[pair] for values in parts])
-        rows.append((*pair, *bootstrap_ci(harm(baseline, ablated, metric), n_resamples=500, seed=seed)))
-    return pd.DataFrame(rows, columns=["layer", "head", "effect", "ci_low", "ci_high"])
+    baseline, ablated = values_alone(model, batch, metric, pairs, mode, reference, seed, batch_size)
+    return effect_table(baseline, ablated, metric, seed)

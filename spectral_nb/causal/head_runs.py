@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/causal/head_runs.ipynb #head-runs-002
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..attention.activations import run_to
 from ..base.progress import progress
 from .ablation import replacement
-from .metrics import read_hooks, read_values, reads_end
+from .metrics import evaluate, read_hooks, read_values, reads_end
 from .reached import at_tokens, distinct_tokens, given_stream, prefix_ids, replaced_forwards, skipped
 from ..models.architectures import ArchSpec
 
@@ -78,11 +78,27 @@ def runs_without(
 _HIDDEN = 1 << 22  # numbers of an MLP's hidden layer in one pass: more leave the processor's cache
 
 
-def head_values(model, part, heads, metric, mode: str, reference, seed: int) -> dict[tuple[int, int], np.ndarray]:
-    "`metric` of every prompt of `part` without each of `heads`, alone: as `ablated_values`, with partial passes."
+def whole_pass(model, part, metric, names: list[str]) -> tuple[np.ndarray, dict[str, Tensor]]:
+    "`metric` of every prompt of `part` and the values at the hooks `names`, from one pass."
+    kept = {}
+
+    def keep(value, hook, name):
+        kept[name] = value
+
+    with model.hooks(fwd_hooks=[(name, partial(keep, name=name)) for name in names]):
+        values = evaluate(model, part, metric, len(part))
+    return values, kept
+
+
+def head_values(
+    model, part, heads, metric, mode: str, reference, seed: int
+) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray]]:
+    """`metric` of every prompt of `part`: of the whole model, and without each of `heads`, alone.
+
+    As `evaluate` and `ablated_values`, with partial passes."""
     layers = sorted({layer for layer, _ in heads})
     names = [f"blocks.{layer}.{h}" for layer in layers for h in ("hook_resid_pre", "attn.hook_z")]
-    cache = run_to(model, part.tokens, names)
+    whole, cache = whole_pass(model, part, metric, names)
     spec = ArchSpec.from_model(model)
     size = max(1, _HIDDEN // (part.tokens.numel() * max(spec.d_mlp, spec.d_model)))
     found = {}
@@ -95,4 +111,4 @@ def head_values(model, part, heads, metric, mode: str, reference, seed: int) -> 
             how = dict(metric=metric, shared=mode in ("zero", "mean"))
             values = runs_without(model, part, before, z, layer, stand_ins, **how)
             found |= {(layer, head): v for (head, _), v in zip(stand_ins, values)}
-    return found
+    return whole, found

@@ -77,6 +77,7 @@ import json, sys, time
 import numpy as np, torch
 from spectral_nb.base.real_model import REAL_MODEL
 from spectral_nb.dev.timing import memory_mb, peak_memory_mb
+from spectral_nb.attention.activations import run_to
 from spectral_nb.models.loading import load_model
 from spectral_nb.prompts.bigrams import synthetic_bigrams
 from spectral_nb.survey.classes import capability_survey
@@ -84,11 +85,16 @@ from spectral_nb.tracing.recursion import trace
 what, length, repeats = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 model = load_model(REAL_MODEL, device="cpu")
 batch = synthetic_bigrams(model, 2, length=length - 1, vocabulary="all")
-top = model.cfg.n_layers - 1
+n_layers, end = model.cfg.n_layers, batch.positions["end"]
+both = [[f"blocks.{i}.attn.hook_{what}" for i in range(n_layers)] for what in ("pattern", "attn_scores")]
+found = run_to(model, batch.tokens, sum(both, []), lambda value, name: value[torch.arange(2), :, end])
+pattern, scores = (torch.stack([found[name] for name in names]) for names in both)  # [layer, prompt, head, key]
+fires = ((pattern >= 0.5) & (scores > 0))[..., 1:].any(-1).any(1)
+roots = fires.nonzero().tolist()[-3:]  # the last heads that fire at the end
 cached = lambda: model.run_with_cache(batch.tokens, names_filter=lambda n: n.endswith(("hook_pattern", "attn.hook_z")))
 calls = dict(
     survey=lambda: capability_survey(model, batch),
-    trace=lambda: trace(model, batch, [(top, h) for h in range(model.cfg.n_heads)], q_role="end"),
+    trace=lambda: trace(model, batch, roots),
     cached=lambda: torch.inference_mode()(cached)(),
 )
 peak, times = peak_memory_mb(calls[what]), []
@@ -102,7 +108,7 @@ print(json.dumps({**found, "peak_mib": peak, "layer_mib": layer}))
 """
 
 
-def long(n_repeats: int = 5, lengths: tuple[int, ...] = LENGTHS) -> pd.DataFrame:
+def long(n_repeats: int = 3, lengths: tuple[int, ...] = LENGTHS) -> pd.DataFrame:
     "Seconds and peak MiB above the model of two prompts, by what is done and the length; none without SmolLM2."
     rows = []
     for length in lengths if is_there() else ():

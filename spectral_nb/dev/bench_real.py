@@ -27,7 +27,7 @@ from ..causal.metrics import end_values
 from ..models.heads import head_weights
 from ..models.loading import load_model
 from ..models.revisions import list_models
-from ..norms.circuits import find_circuit
+from ..norms.circuits import PROMPTS_AFTER_SCREEN, find_circuit
 from ..norms.weights import head_rows
 from ..prompts.bigrams import synthetic_bigrams
 from ..prompts.tasks import make_batch
@@ -120,20 +120,22 @@ def head_rows_of(model: Any, batch: Any, n_repeats: int, each: int = 3) -> list[
     ours, theirs = single_heads(model, batch, "logit_diff", heads).effect.to_numpy(), whole_passes(model, batch, heads)
     if not np.allclose(ours, theirs, atol=1e-3):
         raise ArithmeticError(f"the two sides found different effects, by {np.abs(ours - theirs).max():.3g}")
-    every, rows = model.cfg.n_layers * model.cfg.n_heads, []
+    every, few, rows = model.cfg.n_layers * model.cfg.n_heads, min(n, PROMPTS_AFTER_SCREEN), []
+    small, sample = batch.subset(slice(0, few)), sampled_heads(model, 1)
     for threads in thread_counts():
         with on_threads(threads):
             calls = (
                 lambda: single_heads(model, batch, "logit_diff", heads),
-                lambda: find_circuit(model, "ioi", n, exact=False),
                 lambda: whole_passes(model, batch, heads),
+                lambda: find_circuit(model, "ioi", few, exact=False),
+                lambda: whole_passes(model, small, sample),
             )
             times = np.array([[seconds(call) for call in calls] for _ in range(n_repeats)])
         note = f"both: {len(heads)} heads of layers {', '.join(map(str, sorted({a for a, _ in heads})))}, {n} prompts"
-        rows.append(ratio_row("SmolLM2: single heads / whole passes", *times[:, [0, 2]].T, note=note, threads=threads))
-        scaled = times[:, 2] * 2 * every / len(heads)
-        note = f"two batches of {n} prompts; extrapolated: peer timed on {len(heads)} of {every} heads and one batch"
-        rows.append(ratio_row("SmolLM2: find_circuit / whole passes", times[:, 1], scaled, note=note, threads=threads))
+        rows.append(ratio_row("SmolLM2: single heads / whole passes", *times[:, :2].T, note=note, threads=threads))
+        scaled = times[:, 3] * 2 * every / (len(sample) + 1)  # a pass of the whole model is among those timed
+        note = f"two batches of {few} prompts; extrapolated: peer timed on {len(sample) + 1} passes of {2 * every}"
+        rows.append(ratio_row("SmolLM2: find_circuit / whole passes", times[:, 2], scaled, note=note, threads=threads))
     return rows
 
 # %% ../../nbs/dev/bench_real.ipynb #br-009

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from ..base.arguments import checked
 from ..base.checks import check_float, check_int
 from ..causal.attribution import attribute_heads
-from ..causal.head_effects import single_heads
+from ..causal.head_effects import effect_table, single_heads, values_alone
 from ..causal.matched_sets import head_list
 from ..causal.metrics import evaluate
 from ..models.records import model_info
@@ -88,11 +88,12 @@ def find_circuit(
             f"task={task!r}: the model does not solve it (mean logit difference {baseline:.3g}), "
             "so it has no circuit to find"
         )
-    tried = None if exact else _screened(model, screen)
-    table = single_heads(model, screen, "logit_diff", tried, seed=seed)
+    every = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
+    pairs = every if exact else _screened(model, screen)
+    table = single_heads(model, screen, "logit_diff", pairs, seed=seed)
     chosen = table[(table.effect >= share * baseline) & (table.ci_low > 0)].sort_values("effect", ascending=False)
-    effects = _matrix(single_heads(model, confirm, "logit_diff", tried, seed=seed), model)
+    confirmed, without = values_alone(model, confirm, "logit_diff", pairs)
+    effects = _matrix(effect_table(confirmed, without, "logit_diff", seed), model)
     heads = tuple((int(a), int(b)) for a, b in zip(chosen.layer, chosen["head"]))
     source = "ablation" if exact else f"ablation of {SCREENED} screened heads"
-    confirmed = float(evaluate(model, confirm, "logit_diff").mean())
-    return Circuit(model_info(model).name, task, heads, source, effects, confirmed)
+    return Circuit(model_info(model).name, task, heads, source, effects, float(confirmed.mean()))
