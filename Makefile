@@ -46,7 +46,7 @@ real: $(READY)   ## the six sections on SmolLM2-135M, about an hour; claims and 
 	@$(BIN)/spectral-sweep run $(REAL) --workers 1 --out data/runs/real; code=$$?; \
 	$(BIN)/python -m spectral_nb.dev.real_results data/runs/real && exit $$code
 
-real-shares: $(READY)  ## faithfulness at 2 to 50 % of SmolLM2's heads, 5 x 64 prompts, about 25 minutes of one core
+real-shares: $(READY)  ## faithfulness at 2 to 50 % of SmolLM2's heads, 5 x 64 prompts, about 40 minutes of one core
 	$(BIN)/python -m spectral_nb.signals.shares
 
 test: $(READY) sync lint pytest nbtest  ## notebooks in sync, ruff, pytest, nbdev_test

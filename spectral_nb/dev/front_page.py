@@ -47,6 +47,12 @@ HEADLINES = (  # section, on the real model or on the shipped ones, the claim's 
         True,
         "Flow through queries, keys, values has a larger CPR than attribution patching with integrated gradients",
     ),
+    (
+        "which_signal",
+        True,
+        "The first traced edges, by flow, cost more when cut than the first by integrated gradients "
+        "(mean in place of what is cut)",
+    ),
 )
 
 
@@ -116,10 +122,10 @@ def _number(x: float) -> str:
 
 FAIR_ROWS = (  # of the front page: the same work, done by what a user would otherwise run
     "omega_svd / FactoredMatrix.svd",
-    "trace / Algorithm 1",
-    "interventions / one pass an edge and kind (GPT-2 small)",
-    "survey, 64 tokens: six classes / detect_head's three",
-    "norms of all weights / WeightWatcher, which also fits power laws",
+    "SmolLM2: trace / literal Algorithm 1",
+    "SmolLM2: interventions / one pass an edge and kind",
+    "SmolLM2: single heads / whole passes",
+    "SmolLM2: survey / cached patterns",
 )
 
 
@@ -197,9 +203,9 @@ SEED_SETS = {  # condition of the seeds' ablation table: what it is called
     "own content": "own picks, by content",
     "own spread": "own picks, by spread",
     "own integral": "own picks, by integral",
-    "other": "other seeds' picks",
-    "matched layer": "random sets of the layers",
-    "matched model": "random sets of the model",
+    "other": "other seeds' picks, mean of five",
+    "matched layer": "random sets of the layers, mean",
+    "matched model": "random sets of the model, mean",
 }
 
 
@@ -221,6 +227,15 @@ def seeds_sentence() -> str:
     low, high = (part.map("{:.2f}".format) for part in (lost.min(), lost.max()))
     said = ", ".join(f"{name} {low[name]} to {high[name]}" for name in lost)
     return f"Accuracy lost, smallest to largest of {len(lost)} seeds: {said}."
+
+
+def signals_figure():
+    "CPR of every ranking on the real model's first task, as `make real` kept it."
+    from spectral_nb.signals.figures import plot_areas
+    from spectral_nb.signals.kept import kept_comparison
+
+    found = kept_comparison()[0]
+    return plot_areas(found, found.curves["task"].iloc[0])
 
 
 def seeds_figure():

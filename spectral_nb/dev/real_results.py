@@ -54,13 +54,18 @@ def keep_run(folder: Path) -> dict:
 
 
 def keep_runs(out: str | Path) -> pd.DataFrame:
-    "Keep the newest finished run of every sweep in `out`; the table of their times and memory."
+    """Keep the newest finished run of each of a sweep's parameters, for every sweep in `out`; their times and memory.
+
+    Runs of one sweep are one row: seconds added up, the largest peak."""
     files = sorted(Path(out).glob("*/*/run.json"), key=lambda p: p.stat().st_mtime_ns)
-    done = [p.parent for p in files if read_json(p)["status"] == "done"]
-    newest = {p.parent.name: p for p in done}
+    records = {p.parent: read_json(p) for p in files}
+    done = {p: r["parameters"] for p, r in records.items() if r["status"] == "done"}
+    newest = {(p.parent.name, *sorted((k, str(v)) for k, v in given.items())): p for p, given in done.items()}
     if not newest:
         raise FileNotFoundError(f"out={str(out)!r} holds no finished run; `make real` makes them")
-    runs = pd.DataFrame([keep_run(p) for p in newest.values()])
+    each = pd.DataFrame([keep_run(p) for p in newest.values()])
+    added = {c: dict(seconds="sum", cpu_seconds="sum", peak_memory_mb="max").get(c, "last") for c in each}
+    runs = each.groupby("sweep", sort=False).agg(added).reset_index(drop=True)
     path = real_file(_RUNS)
     if path.is_file():
         runs = pd.concat([read_table(path), runs], ignore_index=True).drop_duplicates("sweep", keep="last")

@@ -85,6 +85,13 @@ def from_hf(
     for counted, value in (("step", step), ("tokens", tokens)):
         if value is not None:
             check_int(counted, value, 0)
+    bridge = _wrapped(hf_model, tokenizer, name, processing)
+    register_model(bridge, name=name, processing=processing, revision=revision, step=step, tokens=tokens)
+    return bridge
+
+
+def _wrapped(hf_model: Any, tokenizer: Any, name: str, processing: str) -> Any:
+    "The bridge of a checked model, folded if asked for, without a record."
     spec = ArchSpec.from_model(hf_model)
     if processing == "folded":
         _refuse_folding(spec)
@@ -94,9 +101,7 @@ def from_hf(
     if processing == "folded":
         object.__setattr__(bridge, "spectral_value_biases", value_biases(bridge))  # folding moves them out of the heads
         fold(bridge)
-    bridge.eval().requires_grad_(False)
-    register_model(bridge, name=name, processing=processing, revision=revision, step=step, tokens=tokens)
-    return bridge
+    return bridge.eval().requires_grad_(False)
 
 
 def _boot(hf_model: Any, tokenizer: Any, name: str) -> Any:
@@ -128,7 +133,7 @@ def _load_bridge(source: Any, processing: str, dtype: str, device: str, check: b
     plain = plain_model(source, torch.float32 if folded_half else _DTYPES[dtype], trust).to(device)
     expected = reference_log_probs(plain) if check else None
     tokenizer = source_tokenizer(source, plain.config, trust)
-    model = from_hf(plain, tokenizer, name=source.name, processing=processing)
+    model = _wrapped(plain, tokenizer, source.name, processing)
     if folded_half:
         _keep_frequencies(plain, lambda: model.to(_DTYPES[dtype]))
     record = {k: getattr(source, k) for k in ("name", "revision", "step", "tokens", "path")}

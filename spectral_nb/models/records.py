@@ -58,15 +58,20 @@ def model_info(model: Any) -> ModelInfo:
 _hashed = weakref.WeakKeyDictionary()  # model -> (checksums of its tensors, their hash)
 
 
-def current_info(model: Any) -> ModelInfo:
-    "`model_info` with the hash of the weights as they are now: changes in place, through `.data` too, are seen."
-    info, state = model_info(model), []
+def hash_now(model: Any) -> str:
+    "`weights_hash` of the weights as they are now, computed again where their checksums have changed."
+    state = []
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         state.append((name, zlib.crc32(memoryview(values))))
     if _hashed.get(model, (None,))[0] != state:
         _hashed[model] = state, weights_hash(model)
-    return replace(info, weights_hash=_hashed[model][1])
+    return _hashed[model][1]
+
+
+def current_info(model: Any) -> ModelInfo:
+    "`model_info` with the hash of the weights as they are now: changes in place, through `.data` too, are seen."
+    return replace(model_info(model), weights_hash=hash_now(model))
 
 # %% ../../nbs/models/records.ipynb #records-009
 @checked
@@ -87,6 +92,6 @@ def register_model(
         show_scores(model)
     if placeholder_tokenizer is None:
         placeholder_tokenizer = getattr(getattr(model, "tokenizer", None), "name_or_path", "") == "placeholder"
-    info = ModelInfo(name, revision, step, tokens, processing, weights_hash(model), path, placeholder_tokenizer)
+    info = ModelInfo(name, revision, step, tokens, processing, hash_now(model), path, placeholder_tokenizer)
     object.__setattr__(model, "spectral_info", info)
     return model

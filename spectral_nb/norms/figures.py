@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..base.labels import literal
 from ..base.plots import COLORS, figure, plot_lines, plot_scatter
@@ -35,6 +35,15 @@ def count_on_x(ax, label: str) -> None:
     "Whole numbers on the x axis."
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(label)
+
+
+def factors_on_y(ax) -> None:
+    "Growth factors on a logarithmic axis: one block may do more than all others."
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.set_ylabel("growth factor")
 
 
 def one_number(table: pd.DataFrame, quantity: str, metric: str, position_class: str = "") -> pd.DataFrame:
@@ -75,7 +84,7 @@ def factor_figure(tables: Tables) -> Figure:
         rows = one_number(tables[name], "stream", "growth_factor", "other")
         plot_lines(rows, "layer", "value", low="ci_low", high="ci_high", ax=ax)
         ax.axhline(1, color=COLORS[7], linestyle="--", linewidth=1)
-        ax.set_ylabel("growth factor")
+        factors_on_y(ax)
         count_on_x(ax, "block")
     return fig
 
@@ -90,7 +99,7 @@ def addition_figure(tables: Tables) -> Figure:
             x, low.value, high.value, color=COLORS[7], alpha=0.25, linewidth=0, label="independent to parallel"
         )
         ax.plot(x, seen.value, "o-", color=COLORS[0], label="observed")
-        ax.set_ylabel("growth factor")
+        factors_on_y(ax)
         count_on_x(ax, "block")
     ax.legend(frameon=False, fontsize=8)
     return fig

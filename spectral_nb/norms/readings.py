@@ -29,9 +29,11 @@ def factor_reading(name: str, table: pd.DataFrame) -> str:
     some = shrinking[shrinking >= 0.005].sort_values(ascending=False)
     blocks = ", ".join(f"{share:.1%} in block {block}" for block, share in some.head(4).items())
     more = f" and more in {len(some) - 4} other blocks" if len(some) > 4 else ""
+    rest = rows.iloc[1:].prod() ** (1 / max(1, len(rows) - 1))
     return (
         f"**{name}**: the factor is largest in block {rows.idxmax()} ({rows.max():.2f}) and smallest in block "
-        f"{rows.idxmin()} ({rows.min():.2f}). Tokens that become shorter: {blocks or 'under half a per cent'}{more}."
+        f"{rows.idxmin()} ({rows.min():.2f}); without block {rows.index[0]:g} the rate is {rest:.3f} a layer. "
+        f"Tokens that become shorter: {blocks or 'under half a per cent'}{more}."
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from ..base.labels import literal
 from ..base.plots import COLORS, figure
@@ -48,7 +49,7 @@ def plot_areas(m: Compared, task: str):
         finite = table[["cpr", "ci_low", "ci_high"]].replace([np.inf, -np.inf], np.nan)
         ax.set_xlim(max(finite.min(axis=None), -1.0) - 0.1, min(finite.max(axis=None), 2.0) + 0.1)
     axes[0, 0].set_yticks(range(len(order)), [SIGNALS[n].label for n in order], fontsize=8)
-    fig.suptitle(literal(f"{m.info.name}, {task}; in place of the other heads stands their"), fontsize=10)
+    fig.suptitle(literal(f"{m.info.name}, {task}; the other heads are replaced by"), fontsize=10)
     used = dict.fromkeys(SIGNALS[name].section for name in order[::-1])
     marks = [Line2D([], [], marker="o", color=_SOURCES[s][0], label=_SOURCES[s][1]) for s in used]
     fig.legend(handles=marks, fontsize=8, ncols=4, loc="outside lower center")
@@ -82,10 +83,14 @@ def plot_everywhere(compared: Sequence[Compared], names: Sequence[str], replacem
     found = [winners(m, task, replacement).set_index("ranking")["cpr"].reindex(names) for m, task in columns]
     grid = pd.concat(found, axis=1).to_numpy()
     fig, ax = figure(width=6.6, height=0.28 * len(names) + 1.8)
-    ax.imshow(np.clip(grid, -0.5, 1.2), cmap="RdBu", vmin=-0.5, vmax=1.2, aspect="auto")
+    ax.imshow(np.clip(grid, -1, 1), cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")  # paler than black text needs
     for (y, x), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=6)
+            ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7)
+        else:
+            ax.add_patch(
+                Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#bbbbbb", linewidth=0)
+            )
     ax.set_yticks(range(len(names)), [SIGNALS[n].label for n in names], fontsize=8)
     said = [literal(f"{m.info.name}, {task}") for m, task in columns]
     ax.set_xticks(range(len(columns)), said, rotation=90, fontsize=7)

@@ -42,10 +42,12 @@ def control_claims(control: pd.DataFrame, seed: int = 0) -> list[dict]:
     return rows
 
 
-def slice_claim(firings: pd.DataFrame) -> list[dict]:
-    "The median firing has fewer slices than the most that the paper reports; firings of a prompt go together."
+def slice_claim(firings: pd.DataFrame, d_head: int) -> list[dict]:
+    """The median firing has fewer slices than the most that the paper reports; firings of a prompt go together.
+
+    Not said of heads that have no more slices than that."""
     counts = [g.to_numpy(float) for _, g in firings.groupby("prompt")["n_slices"]]
-    if len(counts) < 2:
+    if len(counts) < 2 or d_head <= 20:
         return []
 
     def median(places: np.ndarray) -> float:
@@ -93,7 +95,7 @@ def rank_claim(effects: pd.DataFrame, weight: pd.Series, name: str, seed: int = 
 def flow_check(r: Traced) -> dict:
     "What ends somewhere is what the roots began with."
     begun = r.firings["weight"].sum() if "weight" in r.firings else float(r.firings["root"].sum())
-    claim = "the flow that ends in embeddings, biases, MLPs and silent heads is what left the roots"
+    claim = "all flow that left the roots ends somewhere: embeddings, biases, MLPs, silent heads or not followed"
     return identity(claim, (r.flow.ends.sum() - begun) / begun, unit="share of the roots' effect")
 
 # %% ../../nbs/tracing/edge_statements.ipynb #edge-claims-009
@@ -102,7 +104,7 @@ def edge_claims(r: Traced) -> pd.DataFrame:
     if r.flow is None:
         return claims_table([])
     seed = r.plan.seed
-    rows = control_claims(r.control, seed) + slice_claim(r.firings) + effect_claims(r.effects, seed)
+    rows = control_claims(r.control, seed) + slice_claim(r.firings, r.d_head) + effect_claims(r.effects, seed)
     edges = r.edges.assign(role=r.edges["role"].astype(str).replace("", "other"), up=r.edges["upstream"].astype(str))
     reader = "L" + edges["layer"].astype(str) + "H" + edges["head"].astype(str)
     flow = edges["flow"].groupby(edges["up"] + " > " + reader + "@" + edges["role"]).sum()

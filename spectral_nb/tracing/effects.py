@@ -22,9 +22,11 @@ _MEASURED = ["effect", "score_effect", "contribution", "cosine", "norm_ratio"]
 def edge_effects(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Mean effects over prompts with intervals, a row for each edge of the graph and kind of intervention.
 
-    `weight` is the mean contribution. Several firings of one prompt count once."""
-    keys = [*_EDGE, "action", "scope", "slices"]
-    named = table.astype({"upstream": str, "role": str})
+    `weight` is the mean contribution. Several firings of one prompt count once. `read` is score (query or key) or
+    value: taking an edge from what a head moves is another intervention than taking it from where it looks."""
+    keys = [*_EDGE, "action", "scope", "slices", "read"]
+    kind = table["kind"].astype(str) if "kind" in table else pd.Series("query", table.index)
+    named = table.astype({"upstream": str, "role": str}).assign(read=np.where(kind == "value", "value", "score"))
     by_prompt = named.groupby([*keys, "prompt"], observed=True, sort=False)[_MEASURED].mean().reset_index()
     return pd.DataFrame(
         [
@@ -37,7 +39,9 @@ def edge_effects(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def _effect_row(key: tuple, g: pd.DataFrame, seed: int) -> dict:
     "One edge and kind over its prompts."
     effect, score = (bootstrap_ci(g[c].to_numpy(), n_resamples=400, seed=seed) for c in ("effect", "score_effect"))
-    row = dict(edge=f"{key[0]} > {head_name(key[3], key[4])}@{key[5]}", n=len(g), weight=g["contribution"].mean())
+    moved = " (value)" if key[-1] == "value" else ""
+    edge = f"{key[0]} > {head_name(key[3], key[4])}@{key[5]}{moved}"
+    row = dict(edge=edge, n=len(g), weight=g["contribution"].mean())
     row |= {c: g[c].mean() for c in ("cosine", "norm_ratio")}
     row |= dict(zip(("effect", "effect_low", "effect_high"), effect))
     return row | dict(zip(("score_effect", "score_low", "score_high"), score))

@@ -73,6 +73,7 @@ class Traced:
     effects: pd.DataFrame  # the same over prompts
     control: pd.DataFrame  # one row a firing, side and ranking
     reason: str = ""
+    d_head: int = 0  # slices of a head
 
 
 def untraced(batch: Any, options: TraceOptions, plan: TestPlan, reason: str) -> Traced:
@@ -120,7 +121,8 @@ def experiment(model: Any, batch: Any, roots: Any, options: TraceOptions, plan: 
     heads = firings.loc[firings["root"].astype(bool), ["layer", "head"]].drop_duplicates()
     named = list(heads.itertuples(index=False, name=None))
     control = _controlled(model, batch, firings, options, plan)
-    return Traced(batch, options, plan, named, flow.edges, firings, flow, graph, table, effects, control)
+    width = ArchSpec.from_model(model).d_head
+    return Traced(batch, options, plan, named, flow.edges, firings, flow, graph, table, effects, control, d_head=width)
 
 # %% ../../nbs/tracing/experiment.ipynb #experiment-008
 def control_rows(control: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
