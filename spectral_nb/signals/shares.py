@@ -79,13 +79,33 @@ def _cell(values: np.ndarray) -> str:
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def _circuits(measured: pd.DataFrame, replacement: str) -> pd.DataFrame:
+    "The rows of one replacement, without the empty and the whole circuit."
+    return measured[(measured["replacement"] == replacement) & (measured["share"] > 0) & (measured["share"] < 1)]
+
+
 def shares_table(measured: pd.DataFrame, replacement: str) -> pd.DataFrame:
     "Rankings by shares of the heads: mean f over the batches with the 95 % interval of Student's t."
-    mine = measured[(measured["replacement"] == replacement) & (measured["share"] > 0) & (measured["share"] < 1)]
+    mine = _circuits(measured, replacement)
     labels = {name: SIGNALS[name].label for name in mine["ranking"].unique()}
     named = mine.assign(ranking=mine["ranking"].map(labels), share=[f"{100 * s:g} %" for s in mine["share"]])
     wide = named.groupby(["ranking", "share"], sort=False)["f"].apply(lambda f: _cell(f.to_numpy())).unstack(sort=False)
     return wide.loc[list(labels.values())]
+
+
+def shares_differences(
+    measured: pd.DataFrame, replacement: str, one: str = "flow_qkv", others: Sequence[str] = ("atp", "contribution")
+) -> pd.DataFrame:
+    "f of one ranking less that of others by shares of the heads, paired over batches: mean with its interval."
+    mine = _circuits(measured, replacement)
+    f = mine.pivot_table(index="batch", columns=["ranking", "share"], values="f")
+    rows = {
+        f"{SIGNALS[one].label} less {SIGNALS[other].label}": {
+            f"{100 * s:g} %": _cell((f[one][s] - f[other][s]).to_numpy()) for s in f[one].columns
+        }
+        for other in others
+    }
+    return pd.DataFrame(rows).T.rename_axis(columns="share")
 
 
 def kept_shares() -> pd.DataFrame:
