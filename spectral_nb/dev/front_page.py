@@ -225,7 +225,7 @@ def seeds_sentence() -> str:
     "What the figure of the seeds says, with its numbers."
     lost = seed_losses()
     low, high = (part.map("{:.2f}".format) for part in (lost.min(), lost.max()))
-    said = ", ".join(f"{name} {low[name]} to {high[name]}" for name in lost)
+    said = "; ".join(f"{name} {low[name]} to {high[name]}" for name in lost)
     return f"Accuracy lost, smallest to largest of {len(lost)} seeds: {said}."
 
 
