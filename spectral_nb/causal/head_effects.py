@@ -16,7 +16,7 @@ from .ablation import COMPARED_MODES, PAIRED, parts_with, prepared
 from .head_runs import head_values
 from .metrics import harm
 
-# %% ../../nbs/causal/head_effects.ipynb #head-effects-003
+# %% ../../nbs/causal/head_effects.ipynb #head-effects-003b
 def values_alone(
     model, batch, metric, pairs, mode="zero", reference=None, seed=0, batch_size=256
 ) -> tuple[np.ndarray, dict[tuple[int, int], np.ndarray]]:
