@@ -417,4 +417,4 @@ def test_the_headline_says_what_the_tables_say():
     )
     assert [f"{x:.2f}" for x in (own.mean(), random.mean())] == re.findall(r"0\.\d\d", headline)
     unneeded = 1 - (heads[heads.pick_spread].accuracy_ci_low > 0).mean()
-    assert 0.75 < unneeded < 0.85 and "four of five can go alone" in headline
+    assert 0.75 < unneeded < 0.85 and "four of five can each go" in headline
