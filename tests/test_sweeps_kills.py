@@ -5,10 +5,12 @@ import random
 import signal
 import time
 
+import dask
 import psutil
 from sweep_toy import finish, finished_runs, noted, start_sweep, wait_for, write_toy
 
 from spectral_nb.sweeps import load_results, run_sweep
+from spectral_nb.sweeps.schedule import open_client
 
 
 def sweep_file(folder, n: int, wait: float, **keys):
@@ -69,6 +71,16 @@ def test_killed_process_of_a_run_is_replaced(tmp_path):
     code, said = finish(sweep)
     assert code == 0 and "again: x=0" in said, said
     assert never_at_once(log) and len(finished_runs(out)) == 2
+
+
+def test_silent_worker_of_this_machine_is_not_replaced():
+    "A worker that gets no processor time for long keeps its run: it is starved, not dead."
+    with dask.config.set({"distributed.scheduler.worker-ttl": "1s"}), open_client(1) as client:
+        (pid,) = client.run(os.getpid).values()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(8)  # Dask gives a worker ten of its heartbeats, five seconds
+        os.kill(pid, signal.SIGCONT)
+        assert client.submit(os.getpid).result(timeout=30) == pid
 
 
 def test_interrupted_sweep_stops_its_runs(tmp_path):

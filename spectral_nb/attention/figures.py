@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ..base.checks import head_name
 from ..base.labels import literal
+from ..base.placing import legend_below
 from ..base.plots import COLORS, figure, plot_hist, plot_intervals, plot_lines
 from .slices import SliceData, signal_to_clutter
 
@@ -89,7 +90,7 @@ def counts_figure(table: pd.DataFrame, title: str = "") -> Figure:
             ax.plot(shares, -np.arange(len(keys)), marker, color=color, label=label)
         ax.set_yticks(-np.arange(len(known)), list(known))
         ax.set(title=literal(f"{title} {task}, {int(row.n_firings)} firings".strip()), ylim=(-len(known) + 0.5, 0.5))
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    legend_below(fig, axes[0, 0])
     axes[-1, 0].set_xlabel("mean share of the head's slices")
     axes[-1, 0].set_xlim(left=0)
     return fig

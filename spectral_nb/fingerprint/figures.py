@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from ..base.checks import head_name
 from ..base.head_maps import plot_heads
 from ..base.labels import literal
+from ..base.placing import legend_below, name_points
 from ..base.plots import COLORS, figure, plot_bars, plot_intervals
 
 # %% ../../nbs/fingerprint/figures.ipynb #09-005
@@ -83,7 +84,7 @@ def ablation_figure(ablation: pd.DataFrame, n_heads: int) -> Figure:
         ax.set_ylabel("accuracy lost" if metric == "accuracy" else f"{metric} gained (nats)", fontsize=9)
     labels = [f"{n_heads} picks", "random,\nsame layers", "random,\nany layer", "all of these\nlayers"]
     axes[-1, 0].set_xticks(range(len(_ORDER)), labels)
-    axes[0, 0].legend(title="ablation", fontsize=8)
+    legend_below(fig, axes[0, 0], title="ablation")
     return fig
 
 
@@ -95,19 +96,16 @@ def snapshot_figure(final: dict[str, np.ndarray], picks) -> Figure:
     for i, (key, name) in enumerate(names.items()):
         axes[0].plot(layer.ravel() + 0.22 * (i - 1), final[key].ravel(), ".", color=COLORS[i], label=name, alpha=0.7)
     axes[0].set_ylabel("participation ratio")
-    axes[0].legend(fontsize=8)
     content = final["pr"] - final["pr_fixed"]
     axes[1].plot(layer.ravel(), content.ravel(), ".", color="#999999")
     for ly, h in picks:
         axes[1].plot(ly, content[ly, h], "o", color=COLORS[1])
     named = sorted(picks, key=lambda p: -content[p])[:6]
-    for ly, h in named:
-        right = ly == max(layer for layer, _ in named)  # the last layer's names stand on the other side
-        place = dict(xytext=(5, 1) if right else (-5, 1), ha="left" if right else "right", textcoords="offset points")
-        axes[1].annotate(head_name(ly, h), (ly, content[ly, h]), fontsize=8, **place)
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set_ylabel("content PR")
     axes[1].set_xlabel("layer")
+    legend_below(fig, axes[0])
+    name_points(axes[1], [(ly, content[ly, h], head_name(ly, h)) for ly, h in named], left=True)
     return fig
 
 
@@ -140,10 +138,11 @@ def lead_figure(leads: dict[str, pd.DataFrame], summary: pd.DataFrame) -> Figure
         )
         axes[0].set_xticks(list(seeds.values()), [str(s) for s in seeds], fontsize=8)
     axes[0].axhline(0, color="black", linewidth=1)
-    axes[0].legend()
     axes[0].set_xlabel("seed")
     axes[0].set_ylabel("steps before the accuracy")
     plot_intervals(summary, "signal", "lead", "ci_low", "ci_high", ax=axes[1])
+    axes[1].set_xlabel("steps before the accuracy, mean over seeds")
+    legend_below(fig, axes[0])
     return fig
 
 
@@ -187,7 +186,8 @@ def seeds_figure(recurring: np.ndarray, layers: pd.DataFrame, finders: pd.DataFr
     part = finders[finders.finds == "necessary"]
     plot_bars(part, "score", "value", hue="measure", low="ci_low", high="ci_high", ax=axes[2])
     axes[2].set_ylabel("of necessary heads")
-    axes[2].set_ylim(0, 1.4)
+    axes[2].set_ylim(0, 1)
+    legend_below(fig, axes[2])
     return fig
 
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..base.labels import literal
+from ..base.placing import legend_below
 from ..base.plots import COLORS, figure, plot_lines, plot_scatter
 from .reports import PRODUCTS
 
@@ -150,7 +151,7 @@ def circuit_figure(table: pd.DataFrame, product: str = "W_OV") -> Figure:
             ax.scatter(rows.layer.astype(float), rows[product], s=16, color=color, label=label)
         count_on_x(ax, "layer")
         ax.set(ylabel=rf"$\|W_{{{product[2:]}}}\|_2$")
-    ax.legend(frameon=False, fontsize=8)
+    legend_below(fig, ax)
     return fig
 
 
@@ -161,8 +162,8 @@ def effect_figure(table: pd.DataFrame) -> Figure:
     for task, ax in axes.items():
         part = heads[heads.task == task].assign(heads=lambda t: np.where(t.in_circuit > 0, "circuit", "other"))
         plot_scatter(part.sort_values("heads", ascending=False), "W_OV", "ablation_effect", hue="heads", ax=ax)
-        ax.get_legend().set(title="")
         ax.set(title=literal(task), xlabel=r"$\|W_{OV}\|_2$", ylabel="logits lost")
+    legend_below(fig, ax)
     return fig
 
 # %% ../../nbs/norms/figures.ipynb #figures-005
@@ -210,5 +211,5 @@ def split_figure(compared: dict[str, pd.DataFrame]) -> Figure:
         ax.set_xticks(means.index, [str(int(n)) for n in means.index])
         ax.minorticks_off()
     axes[-1].set_xlabel("heads (same width)")
-    axes[0].legend(title="seed")
+    legend_below(fig, axes[0], title="seed")
     return fig

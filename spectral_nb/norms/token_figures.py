@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base.labels import literal
+from ..base.placing import legend_below
 from ..base.plots import COLORS, figure, plot_lines
 
 # %% ../../nbs/norms/token_figures.ipynb #token-figures-003
@@ -20,13 +21,6 @@ def _few(values, n: int = 7) -> list:
     "At most `n` of the distinct values, evenly spread, first and last among them."
     values = sorted(set(values))
     return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(n, len(values))).round().astype(int))]
-
-
-def _legend_outside(fig: Figure, ax, title: str = "") -> None:
-    "The legend of one panel, right of the whole figure."
-    if ax.get_legend():
-        ax.get_legend().remove()
-    fig.legend(*ax.get_legend_handles_labels(), title=title, loc="outside right upper", frameon=False)
 
 # %% ../../nbs/norms/token_figures.ipynb #token-figures-004
 def histogram_figure(histogram: pd.DataFrame) -> Figure:
@@ -60,10 +54,10 @@ def token_figure(tokens: pd.DataFrame, words: Sequence[str]) -> Figure:
     "Norm of every token of one prompt, one line a layer; the first position is BOS."
     fig, ax = figure(width=5.2, height=4)
     plot_lines(tokens[tokens.layer.isin(_few(tokens.layer))], "pos", "norm", hue="layer", ax=ax)
-    _legend_outside(fig, ax, "layer")
     ax.set(yscale="log", xlabel="")
     shown = min(len(words), tokens.pos.max() + 1)
     ax.set_xticks(range(shown), literal(words[:shown]), rotation=70, fontsize=8)
+    legend_below(fig, ax, title="layer", n_cols=7)
     return fig
 
 # %% ../../nbs/norms/token_figures.ipynb #token-figures-006

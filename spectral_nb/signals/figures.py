@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from ..base.labels import literal
+from ..base.placing import legend_below
 from ..base.plots import COLORS, figure
 from .comparison import Compared
 from .edge_comparison import EDGE_RANKINGS
@@ -73,7 +74,7 @@ def plot_curves(m: Compared, task: str, names: Sequence[str]):
         ax.set_title(f"{replacement} in place of other heads", fontsize=9)
         ax.set_xlabel("% of the heads that are kept")
     axes[0, 0].set_ylabel("faithfulness f")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
+    legend_below(fig, axes[0, 0], n_cols=2)
     return fig
 
 # %% ../../nbs/signals/figures.ipynb #figures-005

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..base.checks import head_name
 from ..base.labels import literal
+from ..base.placing import legend_below, name_points
 from ..base.plots import COLORS, figure
 from .model_survey import ModelSurvey
 from .rankings import matched_k, precision_at_k
@@ -57,16 +58,6 @@ def _two_columns(surveyed: Sequence[ModelSurvey], height: float, **options):
     return fig, axes
 
 
-def _name_heads(ax, heads: pd.DataFrame, near: float) -> None:
-    "Names beside the points, one above the other where ranks are `near` each other."
-    level, last = 0, -np.inf
-    for h in heads.sort_values("rank").itertuples():
-        level, last = (level + 1 if h.rank - last < near else 0), h.rank
-        line = dict(arrowstyle="-", color="#999999", linewidth=0.6) if level else None
-        place = dict(xytext=(6, 5 + 11 * level), textcoords="offset points", arrowprops=line)
-        ax.annotate(head_name(h.layer, h.head), (h.rank, h.score), fontsize=8, **place)
-
-
 def plot_rankings(surveyed: Sequence[ModelSurvey]):
     "PR (integral, where there are checkpoints) of each model's heads over rank, by class; screened heads named."
     fig, axes = _two_columns(surveyed, 2.3)
@@ -75,7 +66,6 @@ def plot_rankings(surveyed: Sequence[ModelSurvey]):
         ax.plot(c["rank"], c["score"], color="#999999", linewidth=1, zorder=1)
         for name, part in c.groupby("class"):
             ax.scatter(part["rank"], part["score"], color=CLASS_COLORS[name], s=14, zorder=2 + (name != "unclassified"))
-        _name_heads(ax, c[[(r.layer, r.head) in s.screened for r in c.itertuples()]], 0.15 * len(c))
         ax.axvline(matched_k(len(c)) + 0.5, color="#999999", linestyle=":", linewidth=1.2)
         ax.set_title(literal(s.name), fontsize=9)
         ax.set_ylabel(s.ranked_by)
@@ -86,6 +76,12 @@ def plot_rankings(surveyed: Sequence[ModelSurvey]):
     look = dict(marker="o", linestyle="")
     marks = [Line2D([], [], color=c, label=n.replace("_", " "), **look) for n, c in CLASS_COLORS.items() if n in seen]
     fig.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8)
+    for ax, s in zip(axes.flat, surveyed):
+        c = s.classed.assign(score=s.classed["final" if s.tokens is None else "integral"])
+        named = [
+            (r.rank, r.score, head_name(r.layer, r.head)) for r in c.itertuples() if (r.layer, r.head) in s.screened
+        ]
+        name_points(ax, named)
     return fig
 
 # %% ../../nbs/survey/figures.ipynb #figures-005
@@ -125,7 +121,7 @@ def plot_bos_layers(surveyed: Sequence[ModelSurvey]):
     for ax in axes[-1]:
         ax.set_xlabel("layer")
     fig.supylabel("share of first-token heads", fontsize=10)
-    fig.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
+    legend_below(fig, axes[0][0])
     return fig
 
 # %% ../../nbs/survey/figures.ipynb #figures-007
@@ -193,7 +189,7 @@ def plot_removal_curves(surveyed: Sequence[ModelSurvey]):
         ax.set_xticks(c["m"], ["none", *c["head"][1:]], rotation=60, fontsize=8)
         ax.set_title(literal(s.name), fontsize=9)
     fig.supylabel("log-probability of the answer (nats)", fontsize=10)
-    axes[0][0].legend(fontsize=8)
+    legend_below(fig, axes[0][0])
     return fig
 
 

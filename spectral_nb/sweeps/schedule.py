@@ -64,6 +64,8 @@ def open_client(workers: int, *, scheduler=None, serial: bool = False) -> Iterat
 
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     settings = {"distributed.scheduler.worker-saturation": 1.0, "distributed.comm.timeouts.connect": f"{ANSWER_S}s"}
+    if scheduler is None:  # workers of this machine that are silent are starved, not dead: their processes are watched
+        settings["distributed.scheduler.worker-ttl"] = None
     with dask.config.set(settings), _main_hidden():
         cluster = check_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         if own := cluster is None:
