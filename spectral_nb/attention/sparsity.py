@@ -155,7 +155,9 @@ def control_table(measured: list[TaskSlices], seed: int = 0) -> pd.DataFrame:
     "By task, control and count: how many more slices the control needs, mean over firings, interval over prompts."
     rows = [_control_row(m, control, name, seed) for m in measured for name in _COUNTS for control in CONTROLS]
     table = pd.DataFrame([r for r in rows if r], columns=_CONTROL_COLUMNS)
-    return table.assign(label=table.task + ", " + table.control + ", " + table["count"])
+    words = {"random": "random basis", "shuffled": "other key", "untrained": "untrained"}
+    count = table["count"].replace("n_90", "90 %")
+    return table.assign(label=table.task + ", " + table.control.map(words) + ", " + count)
 
 # %% ../../nbs/attention/sparsity.ipynb #spa-012
 _MEANS = ("n_slices", "n_90", "n_opposing", "mass_building", "mass_opposing", "signal_ratio")

@@ -88,7 +88,7 @@ def sections_table() -> pd.DataFrame:
     "The sections and their headline claims: on which model, effect with interval and unit, published value, verdict."
     rows = []
     for name, (notebook, question) in SECTIONS.items():
-        first = dict(section=f"[{notebook}](nbs/{notebook}.ipynb)", question=question)
+        first = dict(section=f"[{notebook}]({notebook}.ipynb)", question=question)
         chosen = [_headline(*h) for h in HEADLINES if h[0] == name] or [dict.fromkeys(("claim", "model", "here"), "")]
         rows += [(first if i == 0 else dict(section="", question="")) | claim for i, claim in enumerate(chosen)]
     return pd.DataFrame(rows).fillna("")

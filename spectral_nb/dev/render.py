@@ -69,7 +69,7 @@ def render_notebook(path: str | Path, timeout: int = 900) -> None:
 
 
 def write_readme(index: str | Path | None = None, readme: str | Path | None = None) -> Path:
-    "README.md from `nbs/index.ipynb`: hidden cells dropped, figures written to `data/readme/`."
+    "README.md from `nbs/index.ipynb`: hidden cells dropped, figures in `data/readme/`, links as from the root."
     from nbconvert import MarkdownExporter
 
     index, readme = Path(index or repo_root() / "nbs" / "index.ipynb"), Path(readme or repo_root() / "README.md")
@@ -87,6 +87,7 @@ def write_readme(index: str | Path | None = None, readme: str | Path | None = No
     said = iter(figure_texts(nb))
     body = re.sub(r"!\[png\]\(", lambda _: f"![{next(said)}](", body)
     body = re.sub(r"```python\n#\| echo: false.*?```\n", "", body, flags=re.S)
+    body = re.sub(r"\]\(([\w/]+\.ipynb)\)", r"](nbs/\1)", body)
     with atomic_path(readme) as temporary:
         temporary.write_text(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n")
     return readme

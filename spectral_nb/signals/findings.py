@@ -78,6 +78,28 @@ def agreement(m: Compared, task: str, replacement: str, one: str = "atp", other:
     return said | dict(ci_low=float(low), ci_high=float(high), overlap=len(top[0] & top[1]), by_chance=k * k / n)
 
 
+ESTIMATES = ("atp", "atp_ig", "flow_qkv")  # set beside exact ablation
+
+
+def agreements(models: Sequence[Compared]) -> pd.DataFrame:
+    "`agreement` of every estimate with exact ablation, for every model, task and replacement that was measured."
+    rows = []
+    for m in models:
+        for task, replacement in asked(m):
+            ranked = set(m.scores[m.scores["task"] == task]["ranking"])
+            for one in [n for n in ESTIMATES if {n, "exact"} <= ranked]:
+                said = {"model": m.info.name, "task": task, "replacement": replacement}
+                rows.append(said | agreement(m, task, replacement, one))
+    return pd.DataFrame(rows)
+
+
+def shown_agreements(table: pd.DataFrame) -> pd.DataFrame:
+    "Agreements for readers: one row a task and replacement, one column an estimate."
+    said = [f"{r.spearman:.2f} [{r.ci_low:.2f}, {r.ci_high:.2f}], {r.overlap} of {r.k}" for r in table.itertuples()]
+    table = table.assign(said=said, estimate=[SIGNALS[one].label for one in table["one"]])
+    return table.pivot_table("said", ["task", "replacement"], "estimate", aggfunc="first", sort=False)
+
+
 def missed(m: Compared, task: str, replacement: str, one: str, other: str, k: int = 20) -> pd.DataFrame:
     "The first `k` heads of `other` with their rank by `one`, and their scores by every ranking."
     s = m.scores[(m.scores["task"] == task) & (m.scores["replacement"] == replacement)]

@@ -95,7 +95,7 @@ def ranking_claims(m: ModelSurvey) -> list[dict]:
         text = "As many classified heads keep one class at all query positions as published"
         rows.append(
             equals(text, share, *STABLE, unit="share of classified heads", n=len(seen), published="0.79, 0.78")
-            | {"about": f"{len(seen)} heads"}
+            | {"about": f"{len(seen)} heads with a class at some position"}
         )
     return rows
 
