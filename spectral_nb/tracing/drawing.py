@@ -72,8 +72,8 @@ def _draw_nodes(ax, at: dict, ringed: set[str]) -> None:
     "Every head at its place, ringed if known."
     for node, (x, y) in at.items():
         colour, width = ("#c22f2f", 2.2) if node[0] in ringed else ("#666666", 0.8)
-        ax.scatter([x], [y], s=480, c="white", edgecolors=colour, linewidths=width, zorder=2)
-        ax.text(x, y, node[0], ha="center", va="center", fontsize=6, zorder=3)
+        ax.scatter([x], [y], s=700, c="white", edgecolors=colour, linewidths=width, zorder=2)
+        ax.text(x, y, node[0], ha="center", va="center", fontsize=8, zorder=3)
 
 
 def _draw_legend(ax, tokens: set[str], known: bool) -> None:
