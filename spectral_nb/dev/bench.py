@@ -32,10 +32,11 @@ MODULES = (
     "bench_fingerprint",
     "bench_survey",
     "bench_real",
+    "bench_operations",
     "bench_long",
     "bench_sweeps",
 )
-KINDS = ("benchmarks", "scaling", "long", "profile")  # functions of a module, and names of the tables
+KINDS = ("benchmarks", "scaling", "long", "profile", "operations")  # functions of a module, and names of the tables
 
 
 def machine() -> dict:
@@ -67,7 +68,7 @@ def run_module(name: str, folder: str | Path, quick: bool = False) -> None:
     module = importlib.import_module(f"spectral_nb.dev.{name}")
     for kind in KINDS:
         if hasattr(module, kind) and not (quick and kind == "scaling"):
-            small = module.QUICK if kind == "benchmarks" else dict(n_repeats=1)
+            small = module.QUICK if kind in ("benchmarks", "operations") else dict(n_repeats=1)
             table = getattr(module, kind)(**(small if quick else {}))
             if len(table):
                 write_table(table.assign(module=name), Path(folder) / f"{name}.{kind}.parquet")

@@ -181,6 +181,7 @@ def seeds_figure(recurring: np.ndarray, layers: pd.DataFrame, finders: pd.DataFr
     "How often each position is picked, where the picks lie, and how well each score finds necessary heads."
     fig, axes = figure(3, 1, width=6.4, height=8.4)
     plot_heads(recurring, ax=axes[0], label="seeds that pick it")
+    axes[0].images[0].colorbar.set_ticks(range(int(recurring.max()) + 1))
     plot_bars(layers.assign(layer=layers.layer.astype(str)), "layer", "share", low="ci_low", high="ci_high", ax=axes[1])
     axes[1].set_ylabel("share of all picks")
     part = finders[finders.finds == "necessary"]

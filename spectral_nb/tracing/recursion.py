@@ -24,7 +24,7 @@ from ..attention.pairs import Pairs, firings
 from ..base.checks import head_name, parse_heads
 from ..base.progress import progress
 from ..models.architectures import ArchSpec
-from ..models.records import current_info
+from ..models.records import current_info, model_info
 from .descent import Descent, among_firings, arrived, send
 from .edge_tables import ASKED_COLUMNS, EDGE_COLUMNS, KINDS, TOKENS, packed, role_places, set_names
 from .layer_edges import Read, layer_edges, read_by
@@ -226,7 +226,7 @@ def _root_heads(model, batch, roots, options: TraceOptions) -> list[tuple[int, i
 
 def _warn_of_raw(model: Any) -> None:
     "A raw model has other slices and other head outputs than the same model folded."
-    if current_info(model).processing == "raw":
+    if model_info(model).processing == "raw":
         warnings.warn(
             "trace: processing='raw' gives another circuit than 'folded': scores are split along other slices where a "
             "norm has gains, and value biases stay in the heads' outputs; published traces are of folded weights",
