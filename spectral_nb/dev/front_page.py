@@ -45,7 +45,12 @@ HEADLINES = (  # section, on the real model or on the shipped ones, the claim's 
     (
         "which_signal",
         True,
-        "Flow through queries, keys, values has a larger CPR than attribution patching with integrated gradients",
+        "ioi: Flow through queries, keys, values has a larger CPR than attribution patching with integrated gradients",
+    ),
+    (
+        "which_signal",
+        True,
+        "sva: Flow through queries, keys, values has a larger CPR than attribution patching with integrated gradients",
     ),
     (
         "which_signal",
@@ -72,11 +77,12 @@ def _headline(section: str, real: bool, sentence: str) -> dict:
     "The row of one claim; ValueError where the committed table has no such sentence."
     path = data_dir() / "claims" / f"{section}.parquet"
     claims = real_part(section) if real else read_table(path) if path.is_file() else pd.DataFrame()
-    found = claims[claims.claim == sentence] if len(claims) else claims
-    if found.empty:
+    if len(claims):  # some sentences are said of several tasks
+        claims = claims[(claims.claim == sentence) | (claims.get("task", "") + ": " + claims.claim == sentence)]
+    if claims.empty:
         command = "make real" if real else "make render"
         raise ValueError(f"HEADLINES: the claims of {section!r} lack {sentence!r}; run `{command}` or name another")
-    row = found.iloc[0]
+    row = claims.iloc[0]
     model = REAL_MODEL if real else row.get("model", "story-gpt2-s42")
     published = row.get("published", "")
     said = "" if published is None or pd.isna(published) else published

@@ -100,6 +100,21 @@ def shown_agreements(table: pd.DataFrame) -> pd.DataFrame:
     return table.pivot_table("said", ["task", "replacement"], "estimate", aggfunc="first", sort=False)
 
 
+def wins_table(models: Sequence[Compared], replacement: str = "mean") -> pd.DataFrame:
+    "By model and task: CPR of flow and of attribution methods, and flow less integrated gradients, by CPR and by CMD."
+    names, rows = {n: SIGNALS[n].label for n in ("flow_qkv", *ESTIMATES[:2], "random")}, []
+    for m in models:
+        for task in [t for t, r in asked(m) if r == replacement]:
+            means = by_batch(m, task, replacement).mean().reindex(list(names)).rename(names).round(2)
+            row = {"model": m.info.name, "task": task} | means.to_dict()
+            if means[[names["flow_qkv"], names["atp_ig"]]].notna().all():
+                for area in ("cpr", "cmd"):
+                    d = gap(m, task, replacement, "flow_qkv", "atp_ig", area)
+                    row[f"difference of {area.upper()}"] = f"{d.estimate:.2f} [{d.low:.2f}, {d.high:.2f}]"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def missed(m: Compared, task: str, replacement: str, one: str, other: str, k: int = 20) -> pd.DataFrame:
     "The first `k` heads of `other` with their rank by `one`, and their scores by every ranking."
     s = m.scores[(m.scores["task"] == task) & (m.scores["replacement"] == replacement)]
