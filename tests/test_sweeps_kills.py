@@ -6,6 +6,7 @@ import signal
 import time
 
 import dask
+import distributed  # noqa: F401  its defaults, before one of them is set
 import psutil
 from sweep_toy import finish, finished_runs, noted, start_sweep, wait_for, write_toy
 

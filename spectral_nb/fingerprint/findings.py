@@ -82,7 +82,7 @@ def _timing_claims(s: SeedSummary) -> list[dict]:
     "Does the ratio of picks move earlier than that of other heads, and does the monitor fire in time?"
     lead = s.contrasts["PR"]
     text = "The ratio of picked heads moves earlier than that of the other heads"
-    say = dict(side="greater", unit="steps, half of the climb", n=len(s.picks))
+    say = dict(side="greater", unit="steps earlier, half of the climb", n=len(s.picks))
     about = f"picks {lead['picks'].estimate:.0f}, others {lead['others'].estimate:.0f} steps before the accuracy"
     rows = [differs(text, lead["difference"], 0.0, **say) | {"about": about}]
     quality = event_quality(s.events["content ratio"], s.picks)

@@ -101,16 +101,16 @@ def shown_agreements(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def wins_table(models: Sequence[Compared], replacement: str = "mean") -> pd.DataFrame:
-    "By model and task: CPR of flow and of attribution methods, and flow less integrated gradients, by CPR and by CMD."
+    "By model and task: CPR of flow, attribution methods and chance, and what flow has more than each, by CPR and CMD."
     names, rows = {n: SIGNALS[n].label for n in ("flow_qkv", *ESTIMATES[:2], "random")}, []
     for m in models:
         for task in [t for t, r in asked(m) if r == replacement]:
             means = by_batch(m, task, replacement).mean().reindex(list(names)).rename(names).round(2)
             row = {"model": m.info.name, "task": task} | means.to_dict()
-            if means[[names["flow_qkv"], names["atp_ig"]]].notna().all():
-                for area in ("cpr", "cmd"):
-                    d = gap(m, task, replacement, "flow_qkv", "atp_ig", area)
-                    row[f"difference of {area.upper()}"] = f"{d.estimate:.2f} [{d.low:.2f}, {d.high:.2f}]"
+            for other, area in (("atp", "cpr"), ("atp_ig", "cpr"), ("atp_ig", "cmd")):
+                if means[[names["flow_qkv"], names[other]]].notna().all():
+                    d = gap(m, task, replacement, "flow_qkv", other, area)
+                    row[f"{area.upper()}: flow less {other}"] = f"{d.estimate:.2f} [{d.low:.2f}, {d.high:.2f}]"
             rows.append(row)
     return pd.DataFrame(rows)
 
