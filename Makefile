@@ -4,7 +4,6 @@
 #   make help    the other targets
 PYTHON  ?= python3
 WORKERS ?= 2
-NB_WORKERS ?= $(WORKERS)
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.installed
@@ -52,8 +51,7 @@ real: $(READY)   ## the six sections on SmolLM2-135M, about an hour; claims and 
 real-shares: $(READY)  ## faithfulness at 2 to 50 % of SmolLM2's heads, 5 x 64 prompts, about 40 minutes of one core
 	$(BIN)/python -m spectral_nb.signals.shares
 
-test: $(READY) sync lint  ## notebooks in sync, ruff, pytest, nbdev_test
-	@$(MAKE) --no-print-directory -j 2 pytest nbtest NB_WORKERS=1  # at once: many tests wait for processes that they started
+test: $(READY) sync lint pytest nbtest  ## notebooks in sync, ruff, pytest, nbdev_test
 
 sync: $(READY)
 	@$(BIN)/python tests/check_sync.py $(BIN)
@@ -65,7 +63,7 @@ pytest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 tests
 
 nbtest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(NB_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 
 families: $(READY)  ## check every family of models and write the table of deviations
 	FAMILIES_TABLE=data/tables/families.parquet $(BIN)/python -m pytest -q tests/test_families.py
