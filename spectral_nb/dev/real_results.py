@@ -62,7 +62,9 @@ def keep_runs(out: str | Path) -> pd.DataFrame:
     done = {p: r["parameters"] for p, r in records.items() if r["status"] == "done"}
     newest = {(p.parent.name, *sorted((k, str(v)) for k, v in given.items())): p for p, given in done.items()}
     if not newest:
-        raise FileNotFoundError(f"out={str(out)!r} holds no finished run; `make real` makes them")
+        raise FileNotFoundError(
+            f"out={str(out)!r} holds no finished run in a sweep's folder of its own; `make real` makes them"
+        )
     each = pd.DataFrame([keep_run(p) for p in newest.values()])
     added = {c: dict(seconds="sum", cpu_seconds="sum", peak_memory_mb="max").get(c, "last") for c in each}
     runs = each.groupby("sweep", sort=False).agg(added).reset_index(drop=True)
