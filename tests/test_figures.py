@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -66,7 +67,7 @@ FIGURES = {
         [(0, 0)],
         ODD,
     ),
-    "graphs": lambda: tracing.graph_figure({ODD: __import__("networkx").DiGraph()}),
+    "graphs": lambda: tracing.graph_figure(__import__("networkx").DiGraph(), ODD),
     "hue": lambda: plots.plot_lines(pd.DataFrame({"x": [1, 2], "y": [1, 2], "by": ODD}), "x", "y", hue="by"),
     "bars": lambda: plots.plot_bars(pd.DataFrame({"x": [ODD], "y": [1.0]}), "x", "y"),
     "intervals": lambda: plots.plot_intervals(
@@ -84,3 +85,14 @@ def test_names_are_literal_text(name):
 def test_literal():
     assert labels.literal("a$b") == r"a\$b" == labels.literal(labels.literal("a$b"))
     assert labels.literal(["$", 3]) == [r"\$", "3"] and labels.literal(3) == "3"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_phone_can_show_it(name):
+    "As wide as a phone shows at eight points or more, names of ticks included."
+    fig = getattr(FIGURES[name](), "figure", None) or FIGURES[name]()
+    fig.draw_without_rendering()
+    texts = [t for t in fig.findobj(lambda a: hasattr(a, "get_fontsize")) if t.get_text() and t.get_visible()]
+    assert texts and min(t.get_fontsize() for t in texts) >= 8
+    assert fig.get_size_inches()[0] <= plots.WIDTH
+    plt.close("all")

@@ -1,7 +1,9 @@
 "The house rules: layers, homes of names, sizes, notebook tags, a lazy top level, overrides that change a result."
 
 import ast
+import base64
 import importlib
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import nbformat
 import pytest
 
 from spectral_nb.base.paths import repo_root
+from spectral_nb.base.plots import WIDTH
 from spectral_nb.base import sources as walk
 from spectral_nb.dev import house
 
@@ -228,6 +231,17 @@ def test_committed_outputs_hold_no_error_and_stay_light(name):
             "committed without figures"
         )
     assert not re.search(r"/(?:root|home|work)/", json.dumps(nb)), "an absolute path of one machine"
+
+
+@pytest.mark.parametrize("notebook", SECTIONS, ids=lambda p: p.stem)
+def test_no_figure_of_an_article_is_wider_than_a_phone_shows(notebook):
+    "`base.plots.WIDTH` inches: wider ones lose their smallest words at 390 pixels."
+    from PIL import Image
+
+    outputs = [o for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", [])]
+    shown = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
+    widths = [(i.size[0] / i.info["dpi"][0]) for i in map(Image.open, map(io.BytesIO, shown))]
+    assert widths and max(widths) <= WIDTH + 0.3, widths  # saved with a margin
 
 
 def test_the_tag_survives_cleaning(tmp_path):

@@ -1,5 +1,7 @@
 "Which signal finds the circuit: circuits alone, counterfactuals, the rankings on planted circuits, areas by hand."
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +20,7 @@ from spectral_nb.prompts.grammar import story_tokenizer
 from spectral_nb.prompts.tasks import make_batch
 from spectral_nb.signals.curves import Judge, areas, over_batches
 from spectral_nb.signals.edge_comparison import edge_rankings, judged_edges, summed_edges
-from spectral_nb.signals.findings import edge_claims, edge_table
+from spectral_nb.signals.findings import agreements, edge_claims, edge_table, shown_agreements, wins_table
 from spectral_nb.signals.registry import SIGNALS, ordered, rank_by
 from spectral_nb.signals.screens import Screen, counted
 
@@ -196,3 +198,54 @@ def test_difference_of_edges_is_over_batches():
     rows = [dict(ranking=r, batch=b, harm=h) for b in range(2) for r, h in (("flow", 2.0 + b), ("random", 1.0))]
     table = edge_table(pd.DataFrame(rows).assign(name="m", task="t", replacement="mean")).set_index("ranking")
     assert table.harm.to_dict() == {"flow": 2.5, "random": 1.0} and table.ci_low["flow"] < 2 < table.ci_high["flow"]
+
+
+def by_hand() -> SimpleNamespace:
+    "A comparison on two tasks: areas of three batches, scores of four heads; attribution was not run on the second."
+    areas = [
+        ("flow_qkv", (0.8, 0.9, 1.0)),
+        ("atp", (0.5, 0.5, 0.5)),
+        ("atp_ig", (0.9, 0.9, 0.9)),
+        ("random", (0.1, 0.2, 0.3)),
+    ]
+    rows = [
+        dict(task=task, replacement="mean", ranking=name, batch=b, cpr=v, cmd=1 - v)
+        for task in ("one", "two")
+        for name, values in areas
+        for b, v in enumerate(values)
+        if task == "one" or not name.startswith("atp")
+    ]
+    scores = dict(exact=(4, 3, 2, 1), atp=(4, 3, 1, 2), atp_ig=(1, 2, 3, 4), flow_qkv=(0, 0, 0, 1))
+    heads = [
+        dict(task="one", replacement="mean", ranking=name, layer=i // 2, head=i % 2, score=float(v))
+        for name, values in scores.items()
+        for i, v in enumerate(values)
+    ]
+    curves = pd.DataFrame(rows)[["task", "replacement"]]
+    return SimpleNamespace(
+        info=SimpleNamespace(name="made"), curves=curves, areas=pd.DataFrame(rows), scores=pd.DataFrame(heads)
+    )
+
+
+def test_the_table_of_wins_pairs_batches_and_leaves_out_what_was_not_run():
+    table = wins_table([by_hand()]).set_index("task")
+    assert table.loc["one", ["flow", "atp", "atp_ig", "random"]].tolist() == [0.9, 0.5, 0.9, 0.2]
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t of two degrees of freedom, deviation 0.1
+    assert table.loc["one", "CPR: flow less atp"] == f"0.40 [{0.4 - half:.2f}, {0.4 + half:.2f}]"
+    assert table.loc["one", "CPR: flow less atp_ig"] == f"0.00 [{-half:.2f}, {half:.2f}]"
+    assert table.loc["one", "CMD: flow less atp_ig"] == f"0.00 [{-half:.2f}, {half:.2f}]"
+    assert table.loc["two", "flow"] == 0.9 and table.loc["two", "atp":"atp_ig"].isna().all()
+    assert table.loc["two", "CPR: flow less atp"] is np.nan
+    assert wins_table([by_hand()], "counterfactual").empty
+
+
+def test_agreements_are_rank_correlations_over_heads_and_shared_first_heads():
+    table = agreements([by_hand()]).set_index("one")
+    assert table.index.tolist() == ["atp", "atp_ig", "flow_qkv"] and set(table["task"]) == {"one"}
+    assert table["spearman"].tolist() == pytest.approx([1 - 6 * 2 / (4 * 15), -1, -0.7745967])
+    assert table["k"].tolist() == [2] * 3 and table["overlap"].tolist()[:2] == [2, 0]
+    assert (table["ci_low"] <= table["spearman"]).all() and (
+        table["spearman"] <= table["ci_high"]
+    ).all()  # some constant
+    shown = shown_agreements(table.reset_index())
+    assert shown.shape == (1, 3) and shown.iloc[0, 0].startswith("0.80 [") and shown.iloc[0, 0].endswith("2 of 2")

@@ -13,7 +13,8 @@ from spectral_nb import sparse_attention as sa
 from spectral_nb.attention import development as dv
 from spectral_nb.attention import reading_heads as rh
 from spectral_nb.attention import sparsity as sp
-from spectral_nb.attention.sparsity_claims import claim_sentences, claims
+from spectral_nb.attention.sparsity_claims import claims
+from spectral_nb.base.claims import claim_sentences
 from spectral_nb.base.long_tables import long_table
 from spectral_nb.models.records import model_info
 from spectral_nb.attention.activations import capture

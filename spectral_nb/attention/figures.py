@@ -20,7 +20,7 @@ from .slices import SliceData, signal_to_clutter
 # %% ../../nbs/attention/figures.ipynb #09-005
 def terms_figure(named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     "(1) Contribution of each slice to a score: `title -> (terms, mask)`, the signal set in colour."
-    fig, axes = figure(len(named), 1, width=5.2, height=2.6 * len(named), squeeze=False)
+    fig, axes = figure(len(named), 1, height=2.6 * len(named), squeeze=False)
     for ax, (title, (terms, mask)) in zip(axes[:, 0], named.items(), strict=True):
         terms, mask = np.asarray(terms, dtype=float), np.asarray(mask)
         colors = np.where(mask, COLORS[0], "#bbbbbb")
@@ -36,7 +36,7 @@ def terms_figure(named: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 # %% ../../nbs/attention/figures.ipynb #09-005b
 def use_figure(named: Mapping[str, SliceData], layer: int, head: int, max_prompts: int = 60) -> Figure:
     "(2, 8) Share of a head's scores in each prompt whose signal set holds each slice: `title -> data`."
-    fig, axes = figure(len(named), 1, width=5.2, height=2.8 * len(named), squeeze=False)
+    fig, axes = figure(len(named), 1, height=2.8 * len(named), squeeze=False)
     for ax, (title, data) in zip(axes[:, 0], named.items(), strict=True):
         at = (data.pairs.layer == layer) & (data.pairs.head == head)
         prompts, mask = data.pairs.prompt[at], data.mask[at].double()
@@ -57,7 +57,7 @@ def use_figure(named: Mapping[str, SliceData], layer: int, head: int, max_prompt
 # %% ../../nbs/attention/figures.ipynb #09-005c
 def size_figure(sizes: Mapping[str, np.ndarray], d_head: int) -> Figure:
     "(3) Distribution of the number of slices: `name -> |S| of every firing`."
-    fig, ax = figure(width=5.2)
+    fig, ax = figure()
     plot_hist(
         {k: np.asarray(v) for k, v in sizes.items() if len(v)},
         bins=np.arange(0.5, d_head + 1),
@@ -82,7 +82,7 @@ def counts_figure(table: pd.DataFrame, title: str = "") -> Figure:
     "Mean share of slices in S and for 90 % of the score, firings beside their controls: a long table, a panel a task."
     whole = table[table.layer.isna()].pivot_table(index="task", columns="metric", values="value", sort=False)
     known = {name: f for name, f in _COUNTS.items() if name != "untrained" or "untrained_slices" in whole}
-    fig, axes = figure(len(whole), 1, width=5.2, height=0.6 + 1.7 * len(whole), squeeze=False, sharex=True)
+    fig, axes = figure(len(whole), 1, height=0.6 + 1.7 * len(whole), squeeze=False, sharex=True)
     for ax, (task, row) in zip(axes[:, 0], whole.iterrows(), strict=True):
         for names, marker, label, color in _SERIES:
             keys = [form.format(names[form == "{}" or form.startswith("not")]) for form in known.values()]
@@ -109,7 +109,7 @@ def upstream_figure(labels: list[str], contributions: np.ndarray, title: str) ->
     "(4) Contributions of the components to one score, `[2 (set: S_ij, all), component]`; all slices above, S_ij below."
     both = np.asarray(contributions, dtype=float)[::-1]
     shown = np.sort(np.argsort(-np.abs(both).max(0))[:_MOST_BARS])
-    fig, axes = figure(2, 1, width=5.2, height=4.6, sharex=True)
+    fig, axes = figure(2, 1, height=4.6, sharex=True)
     for ax, values, name in zip(axes, both, ("all slices", "slices of S"), strict=True):
         ratio = signal_to_clutter(torch.as_tensor(values)).item()
         colors = [COLORS[1] if v == values.max() else COLORS[0] for v in values[shown]]
@@ -123,7 +123,7 @@ def upstream_figure(labels: list[str], contributions: np.ndarray, title: str) ->
 # %% ../../nbs/attention/figures.ipynb #09-009b
 def magnitude_figure(values: np.ndarray, is_target: np.ndarray, target: str, title: str) -> Figure:
     "(9) Size of the signal by token: the tokens in question against all others."
-    fig, ax = figure(width=5.2)
+    fig, ax = figure()
     plot_hist(
         {target: values[is_target], "other tokens": values[~is_target]},
         bins=30,
@@ -137,7 +137,7 @@ def magnitude_figure(values: np.ndarray, is_target: np.ndarray, target: str, tit
 # %% ../../nbs/attention/figures.ipynb #09-012
 def control_figure(table: pd.DataFrame) -> Figure:
     "How many more slices each control needs: a table with `label estimate low high`."
-    fig, ax = figure(width=6.4, height=0.6 + 0.3 * len(table))
+    fig, ax = figure(height=0.6 + 0.3 * len(table))
     plot_intervals(table, "label", "estimate", "low", "high", ax=ax)
     ax.set_xlabel("slices more than the singular basis of the trained weights")
     return fig
@@ -145,7 +145,7 @@ def control_figure(table: pd.DataFrame) -> Figure:
 
 def development_figure(table: pd.DataFrame) -> Figure:
     "By checkpoint and task: `n_slices n_90 jaccard_within accuracy` against `tokens`."
-    fig, axes = figure(4, 1, width=5.2, height=8.0, sharex=True)
+    fig, axes = figure(4, 1, height=8.0, sharex=True)
     names = dict(n_slices="|S|", n_90="slices for 90 %", jaccard_within="Jaccard within head", accuracy="accuracy")
     for ax, (column, label) in zip(axes.flat, names.items(), strict=True):
         plot_lines(table.assign(tokens=table.tokens / 1e6), "tokens", column, hue="task", ax=ax)
@@ -158,7 +158,7 @@ def development_figure(table: pd.DataFrame) -> Figure:
 def direction_figure(overlaps: pd.DataFrame, development: pd.DataFrame) -> Figure:
     "Overlap with the final direction, its chance level, and the task's accuracy, by `label` (task, head)."
     labels = list(dict.fromkeys(overlaps.label))
-    fig, axes = figure(len(labels), 1, width=5.2, height=2.4 * len(labels), squeeze=False, sharex=True)
+    fig, axes = figure(len(labels), 1, height=2.4 * len(labels), squeeze=False, sharex=True)
     for ax, label in zip(axes[:, 0], labels, strict=True):
         rows, (task, name) = overlaps[overlaps.label == label], label.split()
         ax.plot(rows.tokens / 1e6, rows["overlap"], "o-", color=COLORS[0], label="overlap with the final direction")

@@ -121,18 +121,6 @@ def claims(model: Any, measured: list[TaskSlices], seed: int = 0) -> pd.DataFram
     rows += writer_claim(clutter_ratios(model, first.batch, first.data), first.task, seed)
     return claims_table([*rows, sum_check(model, firing)])
 
-# %% ../../nbs/attention/sparsity_claims.ipynb #cla-010
-def claim_sentences(table: pd.DataFrame) -> str:
-    "A Markdown list of the claims: verdict, sentence, effect with interval and unit, sample, published value."
-    lines = []
-    for r in table.itertuples():
-        bounds = "" if np.isnan(r.ci_low) else f" [{r.ci_low:.3g}, {r.ci_high:.3g}]"
-        against = f"limit {r.margin:.3g}" if r.rule == "identity" else f"against {r.null:.3g}"
-        against += f" ± {r.margin:.3g}" if r.rule == "equals" else ""
-        source = f"; published: {r.published}" if r.published else ""
-        lines.append(f"- **{r.verdict}**: {r.claim}: {r.effect:.3g}{bounds} {r.unit}, {against}, n = {r.n}{source}")
-    return "\n".join(lines)
-
 # %% ../../nbs/attention/sparsity_claims.ipynb #cla-012
 def real_results() -> tuple[pd.DataFrame, pd.DataFrame]:
     "Claims and the tasks' numbers of the kept run on the real model (`data/claims/real`); empty where it is absent."

@@ -183,3 +183,26 @@ def claims_table(
     for column in [c for c in words if c in table]:
         table[column] = table[column].map(lambda v: "" if pd.isna(v) else str(v))
     return table if ruled else table.astype({"holds": "boolean"})
+
+# %% ../../nbs/base/claims.ipynb #claims-022
+def effect_text(row: Mapping) -> str:
+    "`effect [low, high] unit` of a claim's row, three significant digits."
+    bounds = "" if pd.isna(row["ci_low"]) else f" [{row['ci_low']:.3g}, {row['ci_high']:.3g}]"
+    return f"{row['effect']:.3g}{bounds} {row['unit']}"
+
+
+def claim_sentences(table: pd.DataFrame) -> str:
+    """A Markdown list of claims: verdict, sentence, effect, what it is held against, sample, published value.
+
+    Columns `others: yes`, `others: no` and `others: undecided` count the verdicts elsewhere."""
+    lines = []
+    for r in table.to_dict("records"):
+        against = f"limit {r['margin']:.3g}" if r["rule"] == "identity" else f"against {r['null']:.3g}"
+        against += f" ± {r['margin']:.3g}" if r["rule"] == "equals" else ""
+        counts = {v: r.get(f"others: {v}", 0) for v in ("yes", "no", "undecided")}
+        counted = ", ".join(f"{n:.0f} {v}" for v, n in counts.items() if n > 0)
+        more = (f"; elsewhere {counted}" if counted else "") + (
+            f"; published: {r['published']}" if r["published"] else ""
+        )
+        lines.append(f"- **{r['verdict']}**: {r['claim']}: {effect_text(r)}, {against}, n = {r['n']}{more}")
+    return "\n".join(lines)

@@ -22,6 +22,7 @@ from .labels import check_columns, literal
 # %% ../../nbs/base/plots.ipynb #07-005
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
+WIDTH = 5.2  # inches: on a phone, text of eight points is still read
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -54,7 +55,7 @@ def set_style() -> None:
 
 @checked
 def figure(
-    n_rows: int = 1, n_cols: int = 1, *, width: float = 6.0, height: float = 3.2, **subplots
+    n_rows: int = 1, n_cols: int = 1, *, width: float = WIDTH, height: float = 3.2, **subplots
 ) -> tuple[Figure, Any]:
     """Figure and axes of one panel, or of a grid of panels, in the library's style.
 

@@ -14,12 +14,12 @@ class Figures(dict):
     "Figures of a run by name, as `save_run` takes them."
 
     def show(self, name: str, figure: Figure) -> None:
-        "Keep a figure for the run folder and show it here at 75 dots an inch; ValueError for a name that is taken."
+        "Keep a figure for the run folder and show it here at 100 dots an inch; ValueError for a name that is taken."
         from IPython.display import display
 
         if name in self:
             raise ValueError(f"name={name!r} is taken by another figure of this run")
         self[name] = figure
         plt.close(figure)
-        figure.set_dpi(75)
+        figure.set_dpi(100)
         display(figure)

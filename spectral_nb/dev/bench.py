@@ -99,20 +99,20 @@ def plot_scaling(table: pd.DataFrame):
     from spectral_nb.base.plots import COLORS, figure
 
     sections, markers = list(table.section.unique()), "os^D"
-    fig, axes = figure(1, len(sections), width=2.6 * len(sections), height=3.2)
+    fig, axes = figure(len(sections), 1, height=2.4 * len(sections), sharex=True)
     for ax, section in zip(np.atleast_1d(axes).ravel(), sections):
         for n, (what, g) in enumerate(table[table.section == section].groupby("what", sort=False)):
             label = f"{what}: {fit_exponent(g['size'], g.seconds):.2f}"
             ax.plot(
                 g["size"] / g["size"].iloc[0], g.seconds, color=COLORS[n], marker=markers[n], markersize=4, label=label
             )
-        ax.set(title=section, xlabel="size / smallest", xscale="log", yscale="log")
+        ax.set(title=section, ylabel="seconds", xscale="log", yscale="log")
         ax.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-        ax.legend(title="exponent", fontsize=7, title_fontsize=7)
-    np.atleast_1d(axes).ravel()[0].set_ylabel("seconds")
+        ax.legend(title="exponent", fontsize=8, title_fontsize=8)
+    ax.set_xlabel("size / smallest")
     return fig
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from ..base.claims import claim_sentences
 from ..base.files import read_json, read_table
 from ..base.paths import data_dir
 from ..base.real_model import REAL_MODEL, real_part
@@ -61,20 +62,14 @@ HEADLINES = (  # section, on the real model or on the shipped ones, the claim's 
 )
 
 
-def interval_text(row) -> str:
-    "`effect [low, high]` of a claim's row, three significant digits."
-    number = f"{row.effect:.3g}"
-    return number if pd.isna(row.ci_low) else f"{number} [{row.ci_low:.3g}, {row.ci_high:.3g}]"
-
-
 def markdown_table(frame: pd.DataFrame) -> str:
     "The table in Markdown."
     lines = ["| " + " | ".join(map(str, frame.columns)) + " |", "| " + " | ".join("---" for _ in frame.columns) + " |"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in frame.itertuples(index=False)])
 
 # %% ../../nbs/dev/front_page.ipynb #27-005b
-def _headline(section: str, real: bool, sentence: str) -> dict:
-    "The row of one claim; ValueError where the committed table has no such sentence."
+def _headline(section: str, real: bool, sentence: str) -> pd.DataFrame:
+    "The row of one claim with its model; ValueError where the committed table has no such sentence."
     path = data_dir() / "claims" / f"{section}.parquet"
     claims = real_part(section) if real else read_table(path) if path.is_file() else pd.DataFrame()
     if len(claims):  # some sentences are said of several tasks
@@ -82,22 +77,17 @@ def _headline(section: str, real: bool, sentence: str) -> dict:
     if claims.empty:
         command = "make real" if real else "make render"
         raise ValueError(f"HEADLINES: the claims of {section!r} lack {sentence!r}; run `{command}` or name another")
-    row = claims.iloc[0]
-    model = REAL_MODEL if real else row.get("model", "story-gpt2-s42")
-    published = row.get("published", "")
-    said = "" if published is None or pd.isna(published) else published
-    here = f"{interval_text(row)} {row.unit}"
-    return dict(claim=sentence, model=model, here=here, published=said, holds=row.verdict)
+    model = REAL_MODEL if real else claims.get("model", pd.Series("story-gpt2-s42")).iloc[0]
+    return claims.iloc[:1].assign(claim=f"{sentence} ({model})")
 
 
-def sections_table() -> pd.DataFrame:
-    "The sections and their headline claims: on which model, effect with interval and unit, published value, verdict."
-    rows = []
+def sections_text() -> str:
+    "The sections, their questions and their headline claims as Markdown."
+    parts = []
     for name, (notebook, question) in SECTIONS.items():
-        first = dict(section=f"[{notebook}]({notebook}.ipynb)", question=question)
-        chosen = [_headline(*h) for h in HEADLINES if h[0] == name] or [dict.fromkeys(("claim", "model", "here"), "")]
-        rows += [(first if i == 0 else dict(section="", question="")) | claim for i, claim in enumerate(chosen)]
-    return pd.DataFrame(rows).fillna("")
+        chosen = [claim_sentences(_headline(*h)) for h in HEADLINES if h[0] == name]
+        parts.append("\n".join([f"**[{notebook}]({notebook}.ipynb)**: {question}\n", *chosen]))
+    return "\n\n".join(parts)
 
 # %% ../../nbs/dev/front_page.ipynb #27-007
 def accuracy_table() -> pd.DataFrame:
@@ -151,10 +141,8 @@ def _some_rows(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
             continue
         last, single = mine.iloc[-1], mine[mine.threads == 1]
         one = _ratio(single.iloc[0]) if len(single) else ""
-        sides = {k: f"{_number(last[v])} {last.unit}" for k, v in (("here", "ours"), ("peer", "peer"))}
-        rows.append({"benchmark": name, "ratio": _ratio(last), "on one thread": one, **sides, "note": last.note})
-    columns = ["benchmark", "ratio", "on one thread", "here", "peer", "note"]
-    found = pd.DataFrame(rows).reindex(columns=columns).fillna("")
+        rows.append({"benchmark": name, "ratio": _ratio(last), "on one thread": one})
+    found = pd.DataFrame(rows).reindex(columns=["benchmark", "ratio", "on one thread"]).fillna("")
     return found if found["on one thread"].any() else found.drop(columns="on one thread")
 
 
@@ -249,7 +237,7 @@ def seeds_figure():
     from spectral_nb.base.plots import COLORS, figure
 
     lost = seed_losses()
-    fig, ax = figure(width=5.6, height=2.6)
+    fig, ax = figure(height=2.6)
     for y, name in enumerate(lost):
         own = name.startswith("own")
         ax.plot(lost[name], np.full(len(lost), y), "o", color=COLORS[1 if own else 7], alpha=0.75, markersize=6)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/dev/site_pages.ipynb #sp-002
 import ast
+import html
 import importlib
 import inspect
 import re
@@ -59,6 +60,52 @@ def _for_readers(nb) -> None:
             if "text/markdown" in output.get("data", {}):
                 output.data["text/markdown"] = math_to_mathml("".join(output.data["text/markdown"]))
 
+# %% ../../nbs/dev/site_pages.ipynb #sp-fold-2
+def code_summary(source: str) -> str:
+    "What a block of code defines, with the first line of the docstring where it is one thing; else its size."
+    body = ast.parse(source).body
+    made = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    named = [n.name for n in made] or [t.id for n in body for t in getattr(n, "targets", []) if isinstance(t, ast.Name)]
+    if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
+        return "Imports"
+    if not made:
+        return f"Code, {len(source.splitlines())} lines"
+    said = (ast.get_docstring(made[0]) or "").split("\n")[0] if len(made) == 1 else ""
+    parts = [part if i % 2 else html.escape(part).replace("*", "&#42;") for i, part in enumerate(said.split("`"))]
+    names = ", ".join(f"`{name}`" for name in named)
+    return f"{names}: {'`'.join(parts)}" if said else names
+
+# %% ../../nbs/dev/site_pages.ipynb #sp-fold-3
+LONG_CALL = 8  # lines of code that an article shows without a click
+
+
+def is_folded(cell, article: bool) -> bool:
+    "Whether the site shows only the head of a cell of code: what is exported, and in an article what is long."
+    if cell.cell_type != "code" or "parameters" in cell.metadata.get("tags", []):
+        return False
+    exported = bool(re.match(r"#\|\s*exporti?\b", cell.source))
+    return exported or (article and len(cell.source.splitlines()) > LONG_CALL)
+
+
+def fold(page: str, summaries: dict[str, str]) -> str:
+    "The blocks of code that stand in `summaries` ({code: what is said of it}) as closed details of a Markdown page."
+
+    def folded(match: re.Match) -> str:
+        said = summaries.get(match[1].strip())
+        return f'??? code "{said}"\n\n{textwrap.indent(match[0], "    ")}\n' if said else match[0]
+
+    return re.sub(r"^```python\n(.*?)^```$", folded, page, flags=re.M | re.S)
+
+
+def figure_on_top(page: str) -> str:
+    "An article with its first figure, a link to where it stands, under the headline (a quotation)."
+    figure, headline = re.search(r"^!\[([^\]]*)\]\(([^)]+)\)", page, re.M), re.search(r"(^> .*\n)+", page, re.M)
+    if not figure or not headline:
+        return page
+    lead = f"\n[![{figure[1]}]({figure[2]})](#first-figure)\n"
+    place = '<span id="first-figure"></span>\n\n'
+    return page[: headline.end()] + lead + page[headline.end() : figure.start()] + place + page[figure.start() :]
+
 # %% ../../nbs/dev/site_pages.ipynb #sp-009
 def markdown_links(text: str) -> str:
     "Links to notebooks as links to their pages."
@@ -90,20 +137,22 @@ def figure_texts(nb) -> list[str]:
 
 def notebook_page(path: Path, name: str, docs: Path) -> str:
     "Write one notebook as `docs/<name>.md` with its figures beside it; returns its title."
-    nb, page = nbformat.read(path, 4), docs / f"{name}.md"
+    nb, page, article = nbformat.read(path, 4), docs / f"{name}.md", "/" not in name
+    hidden = [cell for cell in nb.cells if is_folded(cell, article)]
     _for_readers(nb)
+    summaries = {cell.source.strip(): code_summary(cell.source) for cell in hidden}
     said = iter(figure_texts(nb))
     resources = {"unique_key": page.stem, "output_files_dir": f"{page.stem}_files"}
     body, resources = _exporter().from_notebook_node(nb, resources=resources)
     for file, content in (resources.get("outputs") or {}).items():
         (page.parent / file).parent.mkdir(parents=True, exist_ok=True)
         (page.parent / file).write_bytes(content)
-    body = re.sub(r"```python\n\s*```\n", "", body)
+    body = fold(re.sub(r"```python\n\s*```\n", "", body), summaries)
     body = re.sub(r"<style scoped>.*?</style>", "", body, flags=re.S)
     body = re.sub(r"!\[png\]\(", lambda _: f"![{next(said)}](", body)
     body = body.replace('<table border="1" class="dataframe">', '<table class="dataframe" tabindex="0">')
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(markdown_links(body))
+    page.write_text(markdown_links(figure_on_top(body) if article else body))
     return notebook_title(nb)
 
 # %% ../../nbs/dev/site_pages.ipynb #sp-012

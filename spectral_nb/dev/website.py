@@ -35,7 +35,15 @@ def _configuration(docs: Path, site: Path, nav: list) -> dict:
         "search.highlight",
         "toc.follow",
     )
-    extensions = ("tables", "fenced_code", "md_in_html", "toc", "pymdownx.highlight", "pymdownx.superfences")
+    extensions = (
+        "tables",
+        "fenced_code",
+        "md_in_html",
+        "toc",
+        "pymdownx.details",
+        "pymdownx.highlight",
+        "pymdownx.superfences",
+    )
     return dict(
         site_name="spectral_nb",
         docs_dir=str(docs),

@@ -23,7 +23,7 @@ def signal_figure(trajectory: pd.DataFrame, picks, title: str = "") -> Figure:
     """PR of every head over steps (top) and with the content held fixed (bottom), picks in colour, accuracy dashed.
 
     `trajectory`: columns step, layer, head, metric (`pr`, `pr_fixed`, `accuracy`), value."""
-    fig, axes = figure(2, 1, width=6.4, height=5.6, sharex=True)
+    fig, axes = figure(2, 1, height=5.6, sharex=True)
     accuracy = trajectory[trajectory.metric == "accuracy"].sort_values("step")
     for ax, metric, name in zip(axes, ("pr", "pr_fixed"), ("prompts as they are", "one codeword in all prompts")):
         part = trajectory[trajectory.metric == metric]
@@ -53,7 +53,7 @@ def signal_figure(trajectory: pd.DataFrame, picks, title: str = "") -> Figure:
 
 def pick_figure(scores: np.ndarray, null_scores: dict[str, np.ndarray], picks, name: str) -> Figure:
     "Score of each head with picks outlined (top); sorted scores beside those of the nulls (bottom)."
-    fig, axes = figure(2, 1, width=6.4, height=5.6)
+    fig, axes = figure(2, 1, height=5.6)
     plot_heads(scores, ax=axes[0], label=name, ring=picks)
     for i, (label, values) in enumerate({"trained, read position": scores, **null_scores}.items()):
         axes[1].plot(range(1, values.size + 1), np.sort(values.ravel())[::-1], marker="o", color=COLORS[i], label=label)
@@ -71,7 +71,7 @@ _ORDER = ("picks", "random, same layers", "random, any layer", "all of these lay
 def ablation_figure(ablation: pd.DataFrame, n_heads: int) -> Figure:
     "Harm of removing the picks, random sets and whole layers, by mode: one panel a metric."
     metrics = list(ablation.metric.unique())
-    fig, axes = figure(len(metrics), 1, width=6.4, height=2.3 * len(metrics), sharex=True, squeeze=False)
+    fig, axes = figure(len(metrics), 1, height=2.3 * len(metrics), sharex=True, squeeze=False)
     modes = list(ablation["mode"].unique())
     for ax, metric in zip(axes[:, 0], metrics):
         part = ablation[ablation.metric == metric]
@@ -90,7 +90,7 @@ def ablation_figure(ablation: pd.DataFrame, n_heads: int) -> Figure:
 
 def snapshot_figure(final: dict[str, np.ndarray], picks) -> Figure:
     "One checkpoint: PR of every head by layer, at the read position and by its nulls; content PR, largest picks named."
-    fig, axes = figure(2, 1, width=6.4, height=5.6, sharex=True)
+    fig, axes = figure(2, 1, height=5.6, sharex=True)
     layer = np.indices(final["pr"].shape)[0]
     names = {"pr": "read position", "pr_shuffled": "random positions", "pr_fixed": "one content in all prompts"}
     for i, (key, name) in enumerate(names.items()):
@@ -115,7 +115,7 @@ def mechanism_figure(heads: pd.DataFrame, picks) -> Figure:
     ordered = heads.sort_values(["layer", "head"])
     titles = dict(attention="attention to the key", effect="harm without it alone", readout="unseen codewords read out")
     shown = {k: v for k, v in titles.items() if k in heads}
-    fig, axes = figure(len(shown), 1, width=5.4, height=len(shown) * (2.1 + 0.04 * shape[0]))
+    fig, axes = figure(len(shown), 1, height=len(shown) * (2.1 + 0.04 * shape[0]))
     for ax, (column, title) in zip(axes, shown.items()):
         plot_heads(ordered[column].to_numpy().reshape(shape), ax=ax, ring=picks)
         ax.set_title(title)
@@ -124,7 +124,7 @@ def mechanism_figure(heads: pd.DataFrame, picks) -> Figure:
 # %% ../../nbs/fingerprint/figures.ipynb #09-007
 def lead_figure(leads: dict[str, pd.DataFrame], summary: pd.DataFrame) -> Figure:
     "Leads of the picked heads by seed (top), their means over seeds (bottom); positive: before the accuracy."
-    fig, axes = figure(2, 1, width=6.4, height=5.4, height_ratios=[3, 2])
+    fig, axes = figure(2, 1, height=5.4, height_ratios=[3, 2])
     for i, (name, table) in enumerate(leads.items()):
         seeds = {s: j for j, s in enumerate(sorted(table.seed.unique()))}
         axes[0].plot(
@@ -155,7 +155,7 @@ def transfer_figure(ablation: pd.DataFrame, step: int) -> Figure:
         own = part[part.seed == seed].drop_duplicates("condition").set_index("condition").accuracy
         for j, other in enumerate(seeds):
             values[i, j] = own.get("own spread" if seed == other else f"picks of {other}", np.nan)
-    fig, ax = figure(width=5.6, height=4.6)
+    fig, ax = figure(height=4.6)
     image = ax.imshow(values, cmap="viridis", vmin=0, vmax=1)
     for (i, j), v in np.ndenumerate(values):
         if np.isfinite(v):
@@ -165,7 +165,7 @@ def transfer_figure(ablation: pd.DataFrame, step: int) -> Figure:
                 f"{v:.2f}".removeprefix("0").replace("1.00", "1"),
                 ha="center",
                 va="center",
-                fontsize=7,
+                fontsize=8,
                 color="black" if v > 0.6 else "white",
             )
     ax.set_xticks(range(len(seeds)), [str(s) for s in seeds], rotation=90)
@@ -179,7 +179,7 @@ def transfer_figure(ablation: pd.DataFrame, step: int) -> Figure:
 
 def seeds_figure(recurring: np.ndarray, layers: pd.DataFrame, finders: pd.DataFrame) -> Figure:
     "How often each position is picked, where the picks lie, and how well each score finds necessary heads."
-    fig, axes = figure(3, 1, width=6.4, height=8.4)
+    fig, axes = figure(3, 1, height=8.4)
     plot_heads(recurring, ax=axes[0], label="seeds that pick it")
     axes[0].images[0].colorbar.set_ticks(range(int(recurring.max()) + 1))
     plot_bars(layers.assign(layer=layers.layer.astype(str)), "layer", "share", low="ci_low", high="ci_high", ax=axes[1])
@@ -194,7 +194,7 @@ def seeds_figure(recurring: np.ndarray, layers: pd.DataFrame, finders: pd.DataFr
 
 def parameter_figure(ratios: pd.DataFrame) -> Figure:
     "Circuit over control heads: participation ratio and gap of the weight changes; each seed thin, the mean thick."
-    fig, axes = figure(2, 1, width=6.4, height=5.4, sharex=True)
+    fig, axes = figure(2, 1, height=5.4, sharex=True)
     for ax, column, name in zip(axes, ("pr_ratio", "gap_ratio"), ("participation ratio", "gap of weight changes")):
         for _, part in ratios.groupby("seed"):
             ax.plot(part.step, part[column], color="#bbbbbb", linewidth=0.8)
@@ -209,7 +209,7 @@ def parameter_figure(ratios: pd.DataFrame) -> Figure:
 
 def event_figure(events: dict[str, pd.DataFrame], emerged: dict[int, int]) -> Figure:
     "Events of the monitor by seed, with content control (top) and without (bottom); filled if finally picked."
-    fig, axes = figure(2, 1, width=6.4, height=6.4, sharex=True)
+    fig, axes = figure(2, 1, height=6.4, sharex=True)
     seeds = {s: i for i, s in enumerate(sorted(emerged))}
     for ax, (name, table) in zip(axes, events.items()):
         for picked, color, label in ((True, COLORS[0], "final pick"), (False, COLORS[1], "other head")):

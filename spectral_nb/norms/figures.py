@@ -19,14 +19,13 @@ from ..base.plots import COLORS, figure, plot_lines, plot_scatter
 from .reports import PRODUCTS
 
 # %% ../../nbs/norms/figures.ipynb #figures-001
-WIDTH = 5.2  # inches: legible on a phone
 Tables = Mapping[str, pd.DataFrame]
 
 
 def panels(names, height: float = 2.5) -> tuple[Figure, dict]:
     "One panel a name, one above the other, with the name as title."
     names = list(names)
-    fig, axes = figure(len(names), 1, width=WIDTH, height=height * len(names), squeeze=False)
+    fig, axes = figure(len(names), 1, height=height * len(names), squeeze=False)
     for ax, name in zip(axes[:, 0], names):
         ax.set_title(literal(name))
     return fig, dict(zip(names, axes[:, 0]))
@@ -150,7 +149,7 @@ def circuit_figure(table: pd.DataFrame, product: str = "W_OV") -> Figure:
             rows = part[part.in_circuit == inside]
             ax.scatter(rows.layer.astype(float), rows[product], s=16, color=color, label=label)
         count_on_x(ax, "layer")
-        ax.set(ylabel=rf"$\|W_{{{product[2:]}}}\|_2$")
+        ax.set(title=literal(f"{table.model.iloc[0]}: {task}"), ylabel=rf"$\|W_{{{product[2:]}}}\|_2$")
     legend_below(fig, ax)
     return fig
 
@@ -162,7 +161,7 @@ def effect_figure(table: pd.DataFrame) -> Figure:
     for task, ax in axes.items():
         part = heads[heads.task == task].assign(heads=lambda t: np.where(t.in_circuit > 0, "circuit", "other"))
         plot_scatter(part.sort_values("heads", ascending=False), "W_OV", "ablation_effect", hue="heads", ax=ax)
-        ax.set(title=literal(task), xlabel=r"$\|W_{OV}\|_2$", ylabel="logits lost")
+        ax.set(title=literal(f"{table.model.iloc[0]}: {task}"), xlabel=r"$\|W_{OV}\|_2$", ylabel="logits lost")
     legend_below(fig, ax)
     return fig
 
@@ -201,7 +200,7 @@ def development_figure(steps: pd.DataFrame) -> Figure:
 # %% ../../nbs/norms/figures.ipynb #figures-006
 def split_figure(compared: dict[str, pd.DataFrame]) -> Figure:
     "Growth rate against the number of heads at equal width, one panel a comparison, one point a seed, mean as a line."
-    fig, axes = figure(len(compared), 1, width=WIDTH, height=2.4 * len(compared), sharex=True)
+    fig, axes = figure(len(compared), 1, height=2.4 * len(compared), sharex=True)
     for ax, (name, models) in zip(axes, compared.items()):
         means = models.groupby("n_heads").rate.mean()
         ax.plot(means.index, means, color=COLORS[7], linewidth=1)

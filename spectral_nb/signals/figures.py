@@ -37,20 +37,23 @@ def plot_areas(m: Compared, task: str):
     "CPR of every ranking with its interval over batches, a panel for each replacement; best of the first on top."
     replacements = [r for t, r in asked(m) if t == task]
     order = winners(m, task, replacements[0])["ranking"].tolist()[::-1]
-    fig, axes = figure(1, len(replacements), width=6.6, height=4.0, sharey=True, squeeze=False)
+    n = len(replacements)
+    fig, axes = figure(n, 1, height=n * (0.19 * len(order) + 0.7) + 0.6, sharex=True, squeeze=False)
+    finite = []
     for ax, replacement in zip(axes.flat, replacements):
         table = winners(m, task, replacement).set_index("ranking").reindex(order)
         for y, (name, r) in enumerate(table.iterrows()):
             color = _SOURCES[SIGNALS[name].section][0]
             ax.plot([r.ci_low, r.ci_high], [y, y], color=color, linewidth=1.5)
             ax.plot(r.cpr, y, "o", color=color, markersize=5)
-        ax.set_title(replacement, fontsize=9)
-        ax.set_xlabel("CPR")
+        ax.set_title(f"{replacement} in place of other heads")
         ax.axvline(table.loc["random", "cpr"] if "random" in table.index else 0, color="#999999", linestyle=":")
-        finite = table[["cpr", "ci_low", "ci_high"]].replace([np.inf, -np.inf], np.nan)
-        ax.set_xlim(max(finite.min(axis=None), -1.0) - 0.1, min(finite.max(axis=None), 2.0) + 0.1)
-    axes[0, 0].set_yticks(range(len(order)), [SIGNALS[n].label for n in order], fontsize=8)
-    fig.suptitle(literal(f"{m.info.name}, {task}; the other heads are replaced by"), fontsize=10)
+        ax.set_yticks(range(len(order)), [SIGNALS[name].label for name in order], fontsize=8)
+        finite.append(table[["cpr", "ci_low", "ci_high"]].replace([np.inf, -np.inf], np.nan))
+    finite = pd.concat(finite)
+    ax.set_xlim(max(finite.min(axis=None), -1.0) - 0.1, min(finite.max(axis=None), 2.0) + 0.1)
+    ax.set_xlabel("CPR")
+    fig.suptitle(literal(f"{m.info.name}, {task}"))
     used = dict.fromkeys(SIGNALS[name].section for name in order[::-1])
     marks = [Line2D([], [], marker="o", color=_SOURCES[s][0], label=_SOURCES[s][1]) for s in used]
     fig.legend(handles=marks, fontsize=8, ncols=4, loc="outside lower center")
@@ -60,7 +63,7 @@ def plot_areas(m: Compared, task: str):
 def plot_curves(m: Compared, task: str, names: Sequence[str]):
     "f over the share of heads, mean and range over batches, a panel for each replacement."
     replacements = [r for t, r in asked(m) if t == task]
-    fig, axes = figure(1, len(replacements), width=6.6, height=3.9, sharey=True, squeeze=False)
+    fig, axes = figure(len(replacements), 1, height=0.8 + 2.4 * len(replacements), sharex=True, squeeze=False)
     styles = dict(zip(names, ("-", "--", "-.", ":", "-", "--", "-.", ":")))
     for ax, replacement in zip(axes.flat, replacements):
         c = m.curves[(m.curves["task"] == task) & (m.curves["replacement"] == replacement)]
@@ -71,9 +74,10 @@ def plot_curves(m: Compared, task: str, names: Sequence[str]):
             ax.fill_between(x, f["min"], f["max"], color=COLORS[n % len(COLORS)], alpha=0.15, linewidth=0)
             ax.set_xticks(x, [f"{100 * s:g}" for s in f.index], fontsize=8)
         ax.axhline(1, color="#999999", linestyle=":")
-        ax.set_title(f"{replacement} in place of other heads", fontsize=9)
-        ax.set_xlabel("% of the heads that are kept")
-    axes[0, 0].set_ylabel("faithfulness f")
+        ax.set_title(f"{replacement} in place of other heads")
+        ax.set_ylabel("faithfulness f")
+    ax.set_xlabel("% of the heads that are kept")
+    fig.suptitle(literal(f"{m.info.name}, {task}"))
     legend_below(fig, axes[0, 0], n_cols=2)
     return fig
 
@@ -83,18 +87,18 @@ def plot_everywhere(compared: Sequence[Compared], names: Sequence[str], replacem
     columns = [(m, task) for m in compared for task in dict.fromkeys(t for t, r in asked(m) if r == replacement)]
     found = [winners(m, task, replacement).set_index("ranking")["cpr"].reindex(names) for m, task in columns]
     grid = pd.concat(found, axis=1).to_numpy()
-    fig, ax = figure(width=6.6, height=0.28 * len(names) + 1.8)
+    fig, ax = figure(height=0.28 * len(names) + 1.8)
     ax.imshow(np.clip(grid, -1, 1), cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")  # paler than black text needs
     for (y, x), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7)
+            ax.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8)
         else:
             ax.add_patch(
                 Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#bbbbbb", linewidth=0)
             )
     ax.set_yticks(range(len(names)), [SIGNALS[n].label for n in names], fontsize=8)
     said = [literal(f"{m.info.name}, {task}") for m, task in columns]
-    ax.set_xticks(range(len(columns)), said, rotation=90, fontsize=7)
+    ax.set_xticks(range(len(columns)), said, rotation=90, fontsize=8)
     ax.grid(False)
     return fig
 
@@ -102,7 +106,8 @@ def plot_everywhere(compared: Sequence[Compared], names: Sequence[str], replacem
 def plot_edges(edges: pd.DataFrame):
     "Mean fall of the logit difference over the first edges of every ranking, a panel for each replacement."
     replacements = list(edges["replacement"].unique())
-    fig, axes = figure(1, len(replacements), width=6.6, height=2.6, sharey=True, squeeze=False)
+    n = len(replacements)
+    fig, axes = figure(n, 1, height=0.4 + 1.6 * n, sharex=True, squeeze=False)
     order = edge_table(edges[edges["replacement"] == replacements[0]])["ranking"].tolist()[::-1]
     for ax, replacement in zip(axes.flat, replacements):
         table = edge_table(edges[edges["replacement"] == replacement]).set_index("ranking")
@@ -112,7 +117,7 @@ def plot_edges(edges: pd.DataFrame):
             ax.plot([r.ci_low, r.ci_high], [y, y], color=color, linewidth=1.5)
             ax.plot(r.harm, y, "o", color=color, markersize=5)
         ax.axvline(0, color="#999999", linestyle=":")
-        ax.set_title(f"in its place: {replacement}", fontsize=9)
-        ax.set_xlabel("logits that an edge costs")
-    axes[0, 0].set_yticks(range(len(order)), [EDGE_RANKINGS[n][0] for n in order], fontsize=8)
+        ax.set_title(f"{replacement} in place of what is cut")
+        ax.set_yticks(range(len(order)), [EDGE_RANKINGS[name][0] for name in order], fontsize=8)
+    ax.set_xlabel("logits that an edge costs")
     return fig

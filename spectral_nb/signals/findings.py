@@ -70,11 +70,12 @@ def agreement(m: Compared, task: str, replacement: str, one: str = "atp", other:
     s = m.scores[(m.scores["task"] == task) & (m.scores["replacement"] == replacement)]
     wide = s.pivot_table(index=["layer", "head"], columns="ranking", values="score")[[one, other]].to_numpy()
     rng, n = np.random.default_rng(0), len(wide)
-    drawn = [stats.spearmanr(wide[rng.integers(n, size=n)]).statistic for _ in range(500)]
+    draws = (wide[rng.integers(n, size=n)] for _ in range(500))
+    drawn = [stats.spearmanr(rows).statistic for rows in draws if np.ptp(rows, axis=0).all()]  # a constant has no ranks
     k = min(20, n // 2)
     top = [set(np.argsort(-column)[:k].tolist()) for column in wide.T]
     said = dict(one=one, other=other, spearman=float(stats.spearmanr(wide).statistic), k=k)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn, [0.025, 0.975]) if drawn else (np.nan, np.nan)
     return said | dict(ci_low=float(low), ci_high=float(high), overlap=len(top[0] & top[1]), by_chance=k * k / n)
 
 
@@ -102,7 +103,7 @@ def shown_agreements(table: pd.DataFrame) -> pd.DataFrame:
 
 def wins_table(models: Sequence[Compared], replacement: str = "mean") -> pd.DataFrame:
     "By model and task: CPR of flow, attribution methods and chance, and what flow has more than each, by CPR and CMD."
-    names, rows = {n: SIGNALS[n].label for n in ("flow_qkv", *ESTIMATES[:2], "random")}, []
+    names, rows = {"flow_qkv": "flow", "atp": "atp", "atp_ig": "atp_ig", "random": "random"}, []
     for m in models:
         for task in [t for t, r in asked(m) if r == replacement]:
             means = by_batch(m, task, replacement).mean().reindex(list(names)).rename(names).round(2)

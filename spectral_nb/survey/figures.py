@@ -33,7 +33,7 @@ CLASS_COLORS = dict(
 def plot_class_shares(surveyed: Sequence[ModelSurvey]):
     "Share of the heads in each class, one bar per model and batch."
     rows = [(f"{s.name}, {b}", t["class"].value_counts(normalize=True)) for s in surveyed for b, t in s.surveys.items()]
-    fig, ax = figure(width=6.4, height=0.27 * len(rows) + 1.3)
+    fig, ax = figure(height=0.27 * len(rows) + 1.3)
     left = np.zeros(len(rows))
     for name, color in CLASS_COLORS.items():
         width = np.array([shares.get(name, 0.0) for _, shares in rows])
@@ -52,17 +52,22 @@ def plot_class_shares(surveyed: Sequence[ModelSurvey]):
 def _two_columns(surveyed: Sequence[ModelSurvey], height: float, **options):
     "A figure with a panel for each model, `height` inches a row; (figure, axes)."
     rows = -(-len(surveyed) // 2)
-    fig, axes = figure(rows, 2, width=6.4, height=height * rows, squeeze=False, **options)
+    fig, axes = figure(rows, 2, height=height * rows, squeeze=False, **options)
     for ax in axes.flat[len(surveyed) :]:
         ax.set_visible(False)
     return fig, axes
+
+
+def _scored(s: ModelSurvey) -> pd.DataFrame:
+    "Classed heads with the score that ranks them: PR, its integral where there are checkpoints."
+    return s.classed.assign(score=s.classed["final" if s.tokens is None else "integral"])
 
 
 def plot_rankings(surveyed: Sequence[ModelSurvey]):
     "PR (integral, where there are checkpoints) of each model's heads over rank, by class; screened heads named."
     fig, axes = _two_columns(surveyed, 2.3)
     for ax, s in zip(axes.flat, surveyed):
-        c = s.classed.assign(score=s.classed["final" if s.tokens is None else "integral"])
+        c = _scored(s)
         ax.plot(c["rank"], c["score"], color="#999999", linewidth=1, zorder=1)
         for name, part in c.groupby("class"):
             ax.scatter(part["rank"], part["score"], color=CLASS_COLORS[name], s=14, zorder=2 + (name != "unclassified"))
@@ -77,17 +82,14 @@ def plot_rankings(surveyed: Sequence[ModelSurvey]):
     marks = [Line2D([], [], color=c, label=n.replace("_", " "), **look) for n, c in CLASS_COLORS.items() if n in seen]
     fig.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=8)
     for ax, s in zip(axes.flat, surveyed):
-        c = s.classed.assign(score=s.classed["final" if s.tokens is None else "integral"])
-        named = [
-            (r.rank, r.score, head_name(r.layer, r.head)) for r in c.itertuples() if (r.layer, r.head) in s.screened
-        ]
-        name_points(ax, named)
+        named = [r for r in _scored(s).itertuples() if (r.layer, r.head) in s.screened]
+        name_points(ax, [(r.rank, r.score, head_name(r.layer, r.head)) for r in named])
     return fig
 
 # %% ../../nbs/survey/figures.ipynb #figures-005
 def plot_precision(surveyed: Sequence[ModelSurvey], published: pd.DataFrame | None = None):
     "Precision at k against k as a share of the heads; published curves dashed."
-    fig, ax = figure(width=6.5, height=3.4)
+    fig, ax = figure(height=3.4)
     for i, s in enumerate(surveyed):
         c = s.classed
         t = precision_at_k(c, range(1, len(c) + 1))
@@ -140,7 +142,7 @@ def plot_ablations(surveyed: Sequence[ModelSurvey]):
         if not s.ablation.empty
         for key, t in s.ablation.groupby(["measured_on", "set"], sort=False)
     ]
-    fig, ax = figure(width=6.4, height=0.3 * len(rows) + 1.4)
+    fig, ax = figure(height=0.3 * len(rows) + 1.4)
     for y, (_, _, t) in enumerate(rows):
         for condition, color, marker, label in _MARKS:
             v = t[t["condition"] == condition]["effect"]
@@ -166,7 +168,7 @@ def plot_verdicts(claims: pd.DataFrame):
     grid = grid.reindex(index=one["claim"].unique(), columns=one["model"].unique())
     codes = {"no": 0, "undecided": 1, "yes": 2}
     values = grid.map(lambda v: codes.get(v, np.nan)).to_numpy(float)
-    fig, ax = figure(width=6.4, height=0.62 * len(grid) + 1.2)
+    fig, ax = figure(height=0.62 * len(grid) + 1.2)
     ax.imshow(values, cmap=ListedColormap(["#D55E00", "#BBBBBB", "#009E73"]), vmin=0, vmax=2, aspect="auto")
     for (i, j), v in np.ndenumerate(grid.to_numpy(object)):
         if isinstance(v, str):
@@ -174,7 +176,7 @@ def plot_verdicts(claims: pd.DataFrame):
             ax.text(j, i, shown, ha="center", va="center", fontsize=9, color="black" if v == "undecided" else "white")
     ax.set_xticks(range(len(grid.columns)), literal(grid.columns), rotation=40, ha="left", fontsize=8)
     ax.xaxis.tick_top()
-    ax.set_yticks(range(len(grid)), ["\n".join(wrap(c, 44)) for c in grid.index], fontsize=8)
+    ax.set_yticks(range(len(grid)), ["\n".join(wrap(c, 30)) for c in grid.index], fontsize=8)
     ax.grid(False)
     return fig
 
@@ -195,7 +197,7 @@ def plot_removal_curves(surveyed: Sequence[ModelSurvey]):
 
 def plot_experts(s: ModelSurvey):
     "Participation ratios of a model's experts (size: share of prompts) beside those of its heads, by layer."
-    fig, ax = figure(width=6, height=2.8)
+    fig, ax = figure(height=2.8)
     e = s.experts
     size = 10 + 120 * e["share"]
     ax.scatter(e["layer"] - 0.12, e["participation_ratio"], s=size, color=COLORS[1], label="experts (size: prompts)")

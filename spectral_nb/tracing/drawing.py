@@ -84,7 +84,7 @@ def _draw_legend(ax, tokens: set[str], known: bool) -> None:
     if known:
         marks.append(Line2D([], [], marker="o", ls="", mfc="white", mec="#c22f2f", mew=2, label="known head"))
     if marks:
-        ax.legend(handles=marks, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        ax.legend(handles=marks, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 # %% ../../nbs/tracing/drawing.ipynb #drawing-007
 @checked

@@ -14,7 +14,7 @@ import pandas as pd
 from ..base.arguments import checked
 from ..base.checks import check_int
 from ..base.labels import literal
-from ..base.plots import COLORS, figure
+from ..base.plots import COLORS, WIDTH, figure
 from .one_prompt import PromptTrace
 from .paths import Path
 
@@ -85,7 +85,7 @@ def _draw_heads(ax: Any, links: pd.DataFrame, at: dict, rows: dict[int, float]) 
             looking[x] = looking.get(x, 0) + 1
             ax.plot([beside, beside], [y, rows[source]], ":", color=COLORS[7], lw=1.2, zorder=0)
             ax.plot(beside, rows[source], "o", color=COLORS[7], markersize=4, zorder=0)
-        box = dict(boxstyle="round,pad=0.25", facecolor="white", edgecolor="#444444", linewidth=0.8)
+        box = dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="#444444", linewidth=0.8)
         ax.text(x, y, component, ha="center", va="center", fontsize=8, bbox=box, zorder=3)
 
 # %% ../../nbs/tracing/sentence.ipynb #sentence-009
@@ -102,7 +102,7 @@ def draw_sentence(found: PromptTrace, *, max_links: int = 14, ax: Any = None) ->
     at["", -1] = (float(len(layers)), rows[int(links.position[links.read == "answer"].iloc[0])])
     depth = max(y for _, y in at.values()) + 0.7
     if ax is None:
-        ax = figure(width=min(7.0, 1.6 + 0.55 * (len(layers) + 1)), height=1.2 + 0.36 * depth)[1]
+        ax = figure(width=min(WIDTH, 1.6 + 0.55 * (len(layers) + 1)), height=1.2 + 0.36 * depth)[1]
     for span in list(spans.values())[::2]:
         ax.axhspan(*span, color=COLORS[7], alpha=0.12, zorder=0)
     _draw_links(ax, links, at)
