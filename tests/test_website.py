@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import nbformat
 import pytest
-from conftest import horizontal_overflow
+from conftest import accessibility_faults, horizontal_overflow
 from test_circuit_page import wait_for
 from spectral_nb.base.sources import modules
 from spectral_nb.dev import website
@@ -43,7 +43,7 @@ class Article(HTMLParser):
     def __init__(self, html: str):
         super().__init__()
         self.inside, self.title, self.code, self.images, self.lone, self.prose = Counter(), "", [], [], 0, []
-        self.titled, self.alts = False, []
+        self.titled, self.alts, self.folded, self.parts = False, [], [], []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
@@ -53,8 +53,12 @@ class Article(HTMLParser):
             self.alts.append(given.get("alt", ""))
         if tag == "math" and given["display"] == "inline":
             self.lone += not any(self.inside[t] for t in LINES)
+            self.parts.append(f"img {given['src']}")
         if tag == "pre":
             self.code.append("")
+            self.folded.append(self.inside["details"] > 0)
+        if tag in ("pre", "h2", "h3"):
+            self.parts.append(tag)
         if tag not in VOID:
             self.inside[tag] += 1
 
@@ -167,6 +171,31 @@ def test_the_text_of_a_figure_is_that_below_it_or_else_above():
     assert figure_text(nb, 1) == "What to see. Heads L1H2 fall, here."
 
 
+def test_exported_code_is_folded_and_parameters_are_not(articles):
+    "In an article what is long, too; of a module's notebook what is not exported stays open."
+    seen = Counter()
+    for name, path in notebooks().items():
+        article = articles[f"{name}.html"]
+        shown = {re.sub(r"\s", "", code): folded for code, folded in zip(article.code, article.folded)}
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type != "code" or name == "index" or re.match(r"#\|\s*(hide|default_exp|echo)", cell.source):
+                continue
+            exported = bool(re.match(r"#\|\s*exporti?\b", cell.source))
+            text = re.sub(r"\s", "", re.sub(r"^#\|.*$", "", cell.source, flags=re.M))
+            parameters = "parameters" in cell.metadata.get("tags", [])
+            expected = exported or ("/" not in name and not parameters and cell.source.count("\n") >= 8)
+            assert shown[text] == expected, f"{name}: {cell.source[:80]}"
+            seen["exported" if exported else "parameters" if parameters else "open" if not expected else "long"] += 1
+    assert min(seen[k] for k in ("exported", "open", "long")) > 5 and seen["parameters"] == 6, seen
+
+
+def test_an_article_opens_at_its_figure(articles, pages):
+    for name in [n for n in PAGES if re.match(r"1\d_", n)]:
+        first, *rest = articles[name].parts
+        assert first.startswith("img ") and first in rest, f"{name} begins with {first}"
+        assert 'href="#first-figure"' in pages[name] and pages[name].count('id="first-figure"') == 1
+
+
 def test_search_works_from_disk(site, open_page):
     b = open_page(site / "index.html")
     box = b.find_element("css selector", ".md-search__input")
@@ -181,15 +210,22 @@ def test_search_works_from_disk(site, open_page):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pages_fit_the_window(site, open_page, width):
+def test_pages_fit_the_window_and_are_accessible(site, open_page, width):
     wrong = {}
     for page in PAGES:
         b = open_page(site / page, width, 850)
-        if found := [f for f in horizontal_overflow(b)]:
+        if found := [*horizontal_overflow(b), *accessibility_faults(b)]:
             wrong[page] = found[:3]
         if errors := b.get_log("browser"):
             wrong[page] = errors
     assert not wrong
+
+
+def test_a_page_that_is_not_accessible_is_seen(open_page, tmp_path):
+    text = '<html lang="en"><title>t</title><p style="color:#bbb">pale</p><img src="x.png"></html>'
+    (tmp_path / "a.html").write_text(text)
+    found = accessibility_faults(open_page(tmp_path / "a.html"))
+    assert [f.split(":")[0] for f in found] == ["color-contrast", "image-alt"]
 
 
 def test_code_is_not_taken_for_a_formula():
@@ -213,7 +249,8 @@ def test_a_notebook_without_outputs_or_title_still_builds(tmp_path):
     nbformat.write(nb, tmp_path / "01_x.ipynb")
     assert notebook_page(tmp_path / "01_x.ipynb", "a/x", tmp_path) == "Untitled"
     text = (tmp_path / "a" / "x.md").read_text()
-    assert "(../base/paths.md)" in text and "x = 1" in text and "#|" not in text and "secret" not in text
+    assert "(../base/paths.md)" in text and "#|" not in text and "secret" not in text
+    assert '??? code "Code, 1 line"\n\n    ```python\n    x = 1\n' in text
     assert "only_shown" not in text and "shown" in text
 
 

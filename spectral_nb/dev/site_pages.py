@@ -69,7 +69,8 @@ def code_summary(source: str) -> str:
     if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
         return "Imports"
     if not made:
-        return f"Code, {len(source.splitlines())} lines"
+        n = len(source.strip().splitlines())
+        return f"Code, {n} line{'s' * (n > 1)}"
     said = (ast.get_docstring(made[0]) or "").split("\n")[0] if len(made) == 1 else ""
     parts = [part if i % 2 else html.escape(part).replace("*", "&#42;") for i, part in enumerate(said.split("`"))]
     names = ", ".join(f"`{name}`" for name in named)

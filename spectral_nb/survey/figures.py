@@ -129,7 +129,7 @@ def plot_bos_layers(surveyed: Sequence[ModelSurvey]):
 # %% ../../nbs/survey/figures.ipynb #figures-007
 _MARKS = (
     ("draw", COLORS[0], "o", "random, same layers"),
-    ("draw elsewhere", COLORS[5], "o", "random, any layer"),
+    ("draw elsewhere", COLORS[7], "o", "random, any layer"),
     ("set", COLORS[1], "D", "the set"),
 )
 
