@@ -176,14 +176,17 @@ def horizontal_overflow(browser) -> list[str]:
         return out;""")
 
 
-def accessibility_faults(browser) -> list[str]:
-    "What axe-core finds against WCAG 2 A and AA on the page shown: rule, how often, the first element."
+def accessibility_faults(browser, inside="html") -> list[str]:
+    "What axe-core finds against WCAG 2 A and AA in an element of the page shown: rule, how often, the first element."
     from importlib.resources import files
 
     browser.execute_script(files("axe_core_python").joinpath("axe.min.js").read_text())
-    found = browser.execute_async_script("""
+    found = browser.execute_async_script(
+        """
         const done = arguments[arguments.length - 1];
         const rules = {resultTypes: ['violations'], runOnly: ['wcag2a', 'wcag2aa']};
-        axe.run(document, rules).then(r => done(r.violations)).catch(e => done(String(e)));""")
+        axe.run(arguments[0], rules).then(r => done(r.violations)).catch(e => done(String(e)));""",
+        inside,
+    )
     assert isinstance(found, list), found
     return [f"{v['id']}: {len(v['nodes'])}, {v['nodes'][0]['html'][:120]}" for v in found]

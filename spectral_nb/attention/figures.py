@@ -139,7 +139,7 @@ def control_figure(table: pd.DataFrame) -> Figure:
     "How many more slices each control needs: a table with `label estimate low high`."
     fig, ax = figure(height=0.6 + 0.3 * len(table))
     plot_intervals(table, "label", "estimate", "low", "high", ax=ax)
-    ax.set_xlabel("slices more than the singular basis of the trained weights")
+    ax.set_xlabel("more slices than the singular basis")
     return fig
 
 

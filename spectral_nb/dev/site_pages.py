@@ -37,6 +37,11 @@ def math_to_mathml(text: str) -> str:
     return "".join(part if i % 2 else _MATH.sub(_formula, part) for i, part in enumerate(_CODE.split(text)))
 
 # %% ../../nbs/dev/site_pages.ipynb #sp-008
+def markdown_links(text: str) -> str:
+    "Links to notebooks as links to their pages."
+    return re.sub(r"\(([\w./-]+)\.ipynb(#[^)\s]*)?\)", r"(\1.md\2)", text)
+
+
 def notebook_title(nb) -> str:
     "The first Markdown heading of a notebook."
     for cell in nb.cells:
@@ -51,7 +56,7 @@ def _for_readers(nb) -> None:
     nb.metadata["language_info"] = {"name": "python"}  # cleaned notebooks lack it; it selects the colours of code
     for cell in nb.cells:
         if cell.cell_type == "markdown":
-            cell.source = math_to_mathml(cell.source)
+            cell.source = markdown_links(math_to_mathml(cell.source))
         elif re.match(r"#\|\s*echo: false", cell.source):
             cell.source = ""
         else:
@@ -108,11 +113,6 @@ def figure_on_top(page: str) -> str:
     return page[: headline.end()] + lead + page[headline.end() : figure.start()] + place + page[figure.start() :]
 
 # %% ../../nbs/dev/site_pages.ipynb #sp-009
-def markdown_links(text: str) -> str:
-    "Links to notebooks as links to their pages."
-    return re.sub(r"\(([\w./-]+)\.ipynb(#[^)\s]*)?\)", r"(\1.md\2)", text)
-
-
 @lru_cache
 def _exporter():
     "One for all notebooks: it compiles its templates once."
@@ -148,12 +148,15 @@ def notebook_page(path: Path, name: str, docs: Path) -> str:
     for file, content in (resources.get("outputs") or {}).items():
         (page.parent / file).parent.mkdir(parents=True, exist_ok=True)
         (page.parent / file).write_bytes(content)
-    body = fold(re.sub(r"```python\n\s*```\n", "", body), summaries)
-    body = re.sub(r"<style scoped>.*?</style>", "", body, flags=re.S)
-    body = re.sub(r"!\[png\]\(", lambda _: f"![{next(said)}](", body)
-    body = body.replace('<table border="1" class="dataframe">', '<table class="dataframe" tabindex="0">')
+    body = re.sub(r"^```python\n\s*```\n", "", body, flags=re.M)
+    body = re.sub(r"^<style scoped>.*?</style>", "", body, flags=re.M | re.S)
+    body = re.sub(r"^!\[png\]\(", lambda _: f"![{next(said)}](", body, flags=re.M)
+    body = re.sub(
+        r'^(\s*)<table border="1" class="dataframe">', r'\1<table class="dataframe" tabindex="0">', body, flags=re.M
+    )
+    body = fold(body, summaries)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(markdown_links(figure_on_top(body) if article else body))
+    page.write_text(figure_on_top(body) if article else body)
     return notebook_title(nb)
 
 # %% ../../nbs/dev/site_pages.ipynb #sp-012

@@ -51,6 +51,7 @@ def _configuration(docs: Path, site: Path, nav: list) -> dict:
         use_directory_urls=False,
         nav=nav,
         extra_css=["site.css"],
+        extra_javascript=["site.js"],
         extra=dict(generator=False, polyfills=["iframe-worker.js"]),
         theme=dict(name="material", font=False, palette=dict(primary="indigo"), features=list(names)),
         plugins=["search", "offline"],
@@ -91,7 +92,8 @@ def _start_page(docs: Path) -> None:
 def _write_pages(docs: Path) -> list:
     "All pages as Markdown; returns the menu."
     assets = package_dir() / "views" / "assets"
-    shutil.copy(assets / "site.css", docs / "site.css")
+    for name in ("site.css", "site.js"):
+        shutil.copy(assets / name, docs / name)
     shutil.copy(
         assets / "site_worker.js", docs / "iframe-worker.js"
     )  # the theme fetches its own unless it has this name
