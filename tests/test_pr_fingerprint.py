@@ -265,6 +265,8 @@ def test_auc_equals_counting_pairs():
     value, label = np.array([0.1, 0.4, 0.35, 0.8, 0.4]), np.array([False, False, True, True, True])
     pairs = [(a > b) + 0.5 * (a == b) for a in value[label] for b in value[~label]]
     assert _auc(value, label) == pytest.approx(np.mean(pairs))
+    both = np.stack([label, ~label, np.ones(5, bool)])
+    assert _auc(value, both) == pytest.approx([np.mean(pairs), 1 - np.mean(pairs), np.nan], nan_ok=True)
 
 
 def test_start_prediction_of_noise_is_not_significant():

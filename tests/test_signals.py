@@ -32,11 +32,13 @@ def test_a_circuit_alone_is_the_model_with_all_else_ablated(tiny_model, architec
     model, batch = tiny_model(architecture), toy_batch(8)
     reference, every = reference_outputs(model, batch), list(np.ndindex(2, 4))
     headless = run_headless(model, batch, list(reference.mean))
-    for circuit in CIRCUITS:
+    for circuit, alone in zip(CIRCUITS, circuit_values(model, headless, CIRCUITS)):
         rest = [h for h in every if h not in circuit]
         whole = ablated_values(model, batch, rest, "logit_diff", mode="mean", reference=reference)
-        np.testing.assert_allclose(circuit_values(model, headless, circuit), whole, atol=1e-4)
-    whole = circuit_values(model, headless, every)
+        np.testing.assert_allclose(alone, whole, atol=1e-4)
+        np.testing.assert_allclose(circuit_values(model, headless, [circuit])[0], alone, atol=1e-5)
+    assert circuit_values(model, headless, []).shape == (0, 8)
+    (whole,) = circuit_values(model, headless, [every])
     np.testing.assert_allclose(whole, evaluate(model, batch, "logit_diff"), atol=1e-4)
 
 
@@ -45,7 +47,7 @@ def test_a_circuit_with_outputs_of_other_prompts(tiny_model):
     model, batch, other = tiny_model("llama"), toy_batch(8), toy_batch(8, seed=5)
     z = reference_outputs(model, other).z
     headless = run_headless(model, batch, list(z))
-    for circuit in CIRCUITS[1:]:
+    for circuit, alone in zip(CIRCUITS, circuit_values(model, headless, CIRCUITS)):
 
         def replace(value, hook, layer):
             out = z[layer].clone()
@@ -56,7 +58,7 @@ def test_a_circuit_with_outputs_of_other_prompts(tiny_model):
         hooks = [(f"blocks.{a}.attn.hook_z", lambda v, hook, a=a: replace(v, hook, a)) for a in range(2)]
         with model.hooks(fwd_hooks=hooks):
             whole = evaluate(model, batch, "logit_diff")
-        np.testing.assert_allclose(circuit_values(model, headless, circuit), whole, atol=1e-4)
+        np.testing.assert_allclose(alone, whole, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["ioi", "sva", "retrieval", "induction"])
@@ -83,14 +85,14 @@ def test_planted_heads_come_first(name, signal):
     wanted = set(p.heads) - set(p.distractors)
     scores, _ = rank_by(signal, Screen(p.model, p.batch))
     assert set(ordered(scores)[: len(wanted)]) == wanted
-    curve = Judge(Screen(p.model, planted(name, 16, seed=1).batch)).curve(scores, (len(wanted) / scores.size,))
+    (curve,) = Judge(Screen(p.model, planted(name, 16, seed=1).batch)).curves([scores], (len(wanted) / scores.size,))
     assert curve.f.tolist()[0] == 0 and curve.f.tolist()[-1] == 1
     assert curve[curve.n_heads == len(wanted)].f.item() == pytest.approx(1, abs=0.05)
 
 
 def test_curves_end_at_0_and_1_and_areas_are_trapezoids(tiny_model):
     model, batch = tiny_model("gpt2"), toy_batch(12)
-    curve = Judge(Screen(model, batch)).curve(np.arange(8.0).reshape(2, 4), (0.25, 0.5))
+    (curve,) = Judge(Screen(model, batch)).curves([np.arange(8.0).reshape(2, 4)], (0.25, 0.5))
     assert curve.f.iloc[0] == 0 and curve.f.iloc[-1] == 1 and curve.n_heads.tolist() == [0, 2, 4, 8]
     found = areas(curve.assign(ranking="x"))
     assert found.cpr.item() == pytest.approx(np.trapezoid(curve.f, [0, 0.25, 0.5, 1]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .metrics import read_hooks, read_values, reads_end, refuse_layers
@@ -22,23 +22,17 @@ from .reached import at_tokens, distinct_tokens, given_stream, prefix_ids, repla
 _Head = tuple[int, int]
 
 # %% ../../nbs/causal/circuit_runs.ipynb #circuit-runs-004
-def _with_stand_ins(z: Tensor, hook: Any, stand_in: Tensor, mine: list[int]) -> Tensor:
-    "Hook: the heads `mine` as they are, all others replaced."
-    out = stand_in.to(z).expand_as(z).clone()
-    if mine:
-        out[:, :, mine] = z[:, :, mine]
-    return out
+def _z_hooks(stand_ins: list[Tensor], mine: Bool[Tensor, "layer run head"], start: int = 0) -> list:
+    "Hooks of the layers from `start` up: the heads `mine` of every run as they are, all others replaced."
 
+    def replaced(z: Tensor, hook: Any, layer: int) -> Tensor:
+        other = stand_ins[layer].to(z)
+        if other.ndim == z.ndim:  # of one circuit's prompts; the runs are those of several
+            other = other.repeat(len(z) // len(other), 1, 1, 1)
+        return torch.where(mine[layer][:, None, :, None], z, other)
 
-def _z_hooks(stand_ins: list[Tensor], circuit: Iterable[_Head], start: int = 0) -> list:
-    "Hooks of the layers from `start` up."
-    mine: dict[int, list[int]] = {}
-    for layer, head in circuit:
-        mine.setdefault(layer, []).append(head)
-    return [
-        (f"blocks.{i}.attn.hook_z", partial(_with_stand_ins, stand_in=stand_ins[i], mine=mine.get(i, [])))
-        for i in range(start, len(stand_ins))
-    ]
+    layers = range(start, len(stand_ins))
+    return [(f"blocks.{i}.attn.hook_z", partial(replaced, layer=i)) for i in layers]
 
 # %% ../../nbs/causal/circuit_runs.ipynb #circuit-runs-005
 @dataclass(frozen=True)
@@ -57,16 +51,16 @@ def run_headless(model: Any, part: Any, stand_ins: list[Tensor], metric: Any = "
     before: list[Tensor] = []
     names = [f"blocks.{i}.hook_resid_pre" for i in range(model.cfg.n_layers)]
     keep = [(name, lambda x, hook: before.append(x.detach())) for name in names]
-    hooks = [*keep, *_z_hooks(stand_ins, ()), *read_hooks(part, metric)]
+    none = torch.zeros(model.cfg.n_layers, 1, model.cfg.n_heads, dtype=torch.bool, device=model.cfg.device)
+    hooks = [*keep, *_z_hooks(stand_ins, none), *read_hooks(part, metric)]
     logits = model.run_with_hooks(part.tokens.to(model.cfg.device), fwd_hooks=hooks)
     if not logits.sum().isfinite():
         refuse_layers(model, part.tokens)
     return Headless(part, stand_ins, before, read_values(logits, part, metric))
 
 # %% ../../nbs/causal/circuit_runs.ipynb #circuit-runs-006
-def _forwards(model: Any, circuit: frozenset[_Head], every: tuple, read: tuple) -> list[tuple[torch.nn.Module, Any]]:
-    "What takes the place of which module's `forward` when only `circuit` is left."
-    layers = {layer for layer, _ in circuit}
+def _forwards(model: Any, layers: set[int], every: tuple, read: tuple) -> list[tuple[torch.nn.Module, Any]]:
+    "What takes the place of which module's `forward` when only heads of `layers` are left."
     first, last = min(layers), max(layers)
     none = (every[0][:0], torch.zeros_like(every[1]))
     found = [(block, skipped(model)) for block in model.blocks[:first]]
@@ -80,22 +74,41 @@ def _forwards(model: Any, circuit: frozenset[_Head], every: tuple, read: tuple) 
 
 
 @torch.inference_mode()
-def circuit_values(
-    model: Any, headless: Headless, circuit: Iterable[_Head], metric: Any = "logit_diff"
-) -> Float[np.ndarray, " prompt"]:
-    "`metric` of every prompt with the heads of `circuit` alone, all others replaced by the stand-ins."
-    circuit, part = frozenset(circuit), headless.part.to(model.cfg.device)
-    if not circuit:
-        return headless.values
+def _side_by_side(model: Any, headless: Headless, circuits: list[frozenset[_Head]], metric: Any) -> np.ndarray:
+    "`metric` [circuit, prompt] of circuits that each have a head, all in one pass."
+    n, part = len(circuits), headless.part.to(model.cfg.device)
     shared = all(s.ndim == 2 for s in headless.stand_ins)
-    tokens, real = part.tokens, part.attention_mask.bool()
-    ids = prefix_ids(tokens) if shared else torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
-    end = torch.arange(tokens.shape[1], device=tokens.device) == part.positions["end"][:, None]
+    ids = prefix_ids(part.tokens) if shared else torch.arange(part.tokens.numel()).view_as(part.tokens)
+    ids = torch.cat([ids.to(part.tokens.device) + i * part.tokens.numel() for i in range(n)])
+    mine = torch.zeros(len(headless.stand_ins), n, model.cfg.n_heads, dtype=torch.bool, device=ids.device)
+    for i, circuit in enumerate(circuits):
+        layer, head = zip(*circuit)
+        mine[list(layer), i, list(head)] = True
+    layers, mine = {layer for c in circuits for layer, _ in c}, mine.repeat_interleave(len(part), dim=1)
+    part = part.subset(list(range(len(part))) * n)
+    real = part.attention_mask.bool()
+    end = torch.arange(ids.shape[1], device=ids.device) == part.positions["end"][:, None]
     read = end if reads_end(metric) else real
-    forwards = _forwards(model, circuit, distinct_tokens(ids, real), distinct_tokens(ids, real & read))
-    start = min(layer for layer, _ in circuit)
-    hooks = [*_z_hooks(headless.stand_ins, circuit, start), *read_hooks(part, metric)]
-    with replaced_forwards(forwards):
-        hooks += [given_stream(start, headless.before[start])] if start else []
-        logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
-    return read_values(logits, part, metric)
+    start, hooks = min(layers), read_hooks(part, metric)
+    hooks += _z_hooks(headless.stand_ins, mine, start)
+    hooks += [given_stream(start, headless.before[start].repeat(n, 1, 1))] if start else []
+    with replaced_forwards(_forwards(model, layers, distinct_tokens(ids, real), distinct_tokens(ids, real & read))):
+        logits = model.run_with_hooks(part.tokens, fwd_hooks=hooks)
+    return read_values(logits, part, metric).reshape(n, -1)
+
+# %% ../../nbs/causal/circuit_runs.ipynb #circuit-runs-006b
+_ROOM = 2**18  # numbers of the stream in one pass: small models spend their time outside of arithmetic
+
+
+def circuit_values(
+    model: Any, headless: Headless, circuits: Iterable[Iterable[_Head]], metric: Any = "logit_diff"
+) -> Float[np.ndarray, "circuit prompt"]:
+    "`metric` of every prompt with the heads of each circuit alone, all others replaced by the stand-ins."
+    circuits = [frozenset(c) for c in circuits]
+    values = np.tile(headless.values, (len(circuits), 1))  # of circuits without a head
+    some = sorted((i for i, c in enumerate(circuits) if c), key=lambda i: min(circuits[i]))  # alike in where they start
+    at_once = max(1, _ROOM // headless.before[0].numel())
+    for i in range(0, len(some), at_once):
+        now = some[i : i + at_once]
+        values[now] = _side_by_side(model, headless, [circuits[j] for j in now], metric)
+    return values

@@ -85,15 +85,21 @@ def _ratio_rows(n: int, shape: tuple[int, int, int], n_repeats: int) -> list[dic
     return rows
 
 
-QUICK = dict(n_repeats=1, n_examples=200, n_layers=2, n_heads=2, d_head=8)
+QUICK = dict(n_repeats=1, n_examples=200, n_layers=2, n_heads=2, d_head=8, every=3)
 
 
 def benchmarks(
-    n_repeats: int = 5, *, n_examples: int = 2000, n_layers: int = 12, n_heads: int = 12, d_head: int = 64
+    n_repeats: int = 5,
+    *,
+    n_examples: int = 2000,
+    n_layers: int = 12,
+    n_heads: int = 12,
+    d_head: int = 64,
+    every: int = 25,  # steps between two looks of the monitor
 ) -> pd.DataFrame:
     "All rows, as `timing.ratio_row` makes them."
     rows = [row for n in (n_examples, 4 * n_examples) for row in _ratio_rows(n, (n_layers, n_heads, d_head), n_repeats)]
-    return pd.DataFrame([*rows, monitor_row(n_repeats)])
+    return pd.DataFrame([*rows, monitor_row(n_repeats, every=every)])
 
 
 def scaling() -> pd.DataFrame:

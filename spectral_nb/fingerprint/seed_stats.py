@@ -106,12 +106,12 @@ def layer_shares(picks: dict[int, list], n_layers: int, seed: int = 0) -> pd.Dat
     return pd.DataFrame(rows, columns=["layer", "share", "ci_low", "ci_high"])
 
 # %% ../../nbs/fingerprint/seed_stats.ipynb #stats-015
-def _auc(value: np.ndarray, label: np.ndarray) -> float:
-    "Area under the curve by ranks; NaN where a class is empty."
-    n1, n0 = label.sum(), (~label).sum()
-    if not n1 or not n0:
-        return np.nan
-    return float((stats.rankdata(value)[label].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+def _auc(value: np.ndarray, label: np.ndarray) -> np.ndarray:
+    "Area under the curve of values [head] by ranks, for every labelling [..., head]; NaN where a class is empty."
+    n1, n0 = label.sum(-1), (~label).sum(-1)
+    above = (label * stats.rankdata(value)).sum(-1) - n1 * (n1 + 1) / 2
+    with np.errstate(invalid="ignore"):
+        return above / (n1 * n0)
 
 
 @checked
@@ -129,15 +129,13 @@ def start_prediction(
     groups = [g for g in groups if 0 < g[1].sum() < len(g[1])]
     if not groups:
         raise ValueError(f"pick={pick!r}: no seed has both picked and other heads")
-    observed, rng, draws = [_auc(v, label) for v, label, _ in groups], np.random.default_rng(seed), []
-    for _ in range(n_draws):
-        shuffled = []
-        for value, label, layer in groups:
-            blocks, new = (layer if within == "layer" else np.zeros_like(layer)), label.copy()
-            for b in np.unique(blocks):
-                new[blocks == b] = rng.permutation(label[blocks == b])
-            shuffled.append(_auc(value, new))
-        draws.append(np.mean(shuffled))
+    observed, rng, shuffled = [_auc(v, label) for v, label, _ in groups], np.random.default_rng(seed), []
+    for value, label, layer in groups:
+        blocks, new = (layer if within == "layer" else np.zeros_like(layer)), np.tile(label, (n_draws, 1))
+        for b in np.unique(blocks):
+            new[:, blocks == b] = rng.permuted(new[:, blocks == b], axis=1)
+        shuffled.append(_auc(value, new))
+    draws = np.mean(shuffled, axis=0)
     ci = bootstrap_ci(observed, seed=seed)
     return {
         "feature": feature,

@@ -77,9 +77,9 @@ def judged(screen: Screen, scores: dict, batches: list) -> pd.DataFrame:
     rows = []
     for i, batch in enumerate(progress(batches, desc=f"curves, {batch_name(screen)}")):
         judge = Judge(Screen(screen.model, batch, screen.replacement, screen.seed))
-        for (name, draw), score in scores.items():
-            if name != "random" or draw % len(batches) == i:
-                rows.append(judge.curve(score).assign(ranking=name, draw=draw, batch=i))
+        mine = {key: s for key, s in scores.items() if key[0] != "random" or key[1] % len(batches) == i}
+        for (name, draw), curve in zip(mine, judge.curves(mine.values())):
+            rows.append(curve.assign(ranking=name, draw=draw, batch=i))
     return pd.concat(rows, ignore_index=True)
 
 

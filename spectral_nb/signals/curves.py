@@ -40,21 +40,19 @@ class Judge:
         if math.isclose(self.none, self.all, abs_tol=1e-9):
             raise ValueError("batch: the metric is the same with all heads and with none; there is nothing to explain")
 
-    def metric(self, heads: Iterable) -> float:
-        "Mean logit difference with `heads` alone."
-        circuit = frozenset(heads)
-        if circuit not in self.known:
-            self.known[circuit] = float(circuit_values(self.model, self.headless, circuit).mean())
-        return self.known[circuit]
-
-    def curve(self, scores: np.ndarray, sizes: Sequence[float] = SIZES) -> pd.DataFrame:
-        "Columns share, n_heads, metric, f of the circuits of the first heads."
-        ranking, rows = ordered(scores), []
-        for size in sorted({0.0, 1.0, *(check_float("sizes", s, 0, 1) for s in sizes)}):
-            k = round(size * self.n_heads)
-            value = self.metric(ranking[:k])
-            rows.append((size, k, value, (value - self.none) / (self.all - self.none)))
-        return pd.DataFrame(rows, columns=["share", "n_heads", "metric", "f"])
+    def curves(self, scores: Iterable[np.ndarray], sizes: Sequence[float] = SIZES) -> list[pd.DataFrame]:
+        "For every ranking, columns share, n_heads, metric (mean logit difference), f of circuits of its first heads."
+        shares = sorted({0.0, 1.0, *(check_float("sizes", s, 0, 1) for s in sizes)})
+        n = [round(share * self.n_heads) for share in shares]
+        rankings = [[frozenset(order[:k]) for k in n] for order in map(ordered, scores)]
+        new = list(dict.fromkeys(c for circuits in rankings for c in circuits if c not in self.known))
+        self.known |= zip(new, circuit_values(self.model, self.headless, new).mean(1).tolist())
+        found = []
+        for circuits in rankings:
+            value = np.array([self.known[c] for c in circuits])
+            f = (value - self.none) / (self.all - self.none)
+            found.append(pd.DataFrame(dict(share=shares, n_heads=n, metric=value, f=f)))
+        return found
 
 # %% ../../nbs/signals/curves.ipynb #curves-004
 def areas(curves: pd.DataFrame) -> pd.DataFrame:

@@ -58,9 +58,8 @@ def _judged_batch(model: Any, plan: SharePlan, i: int) -> list[pd.DataFrame]:
     for replacement in REPLACEMENTS:
         scores, _ = ranked(Screen(model, screened, replacement, plan.seed + i), list(plan.rankings), 1, known)
         judge = Judge(Screen(model, judging, replacement, plan.seed + i))
-        for (name, _draw), score in scores.items():
-            said = dict(replacement=replacement, ranking=name, batch=i)
-            tables.append(judge.curve(score, plan.shares).assign(**said))
+        for (name, _draw), curve in zip(scores, judge.curves(scores.values(), plan.shares)):
+            tables.append(curve.assign(replacement=replacement, ranking=name, batch=i))
     return tables
 
 
