@@ -1,10 +1,13 @@
 "One prompt, one call; the same from the shell; graphs pruned by flow."
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from sweep_toy import finished_runs, write_toy
 
 from spectral_nb.models.loading import load_model
 from spectral_nb.models.planted_circuits import planted
@@ -115,3 +118,33 @@ def test_the_command(tmp_path, capsys):
 def test_without_a_rival(found):
     alone = trace_prompt(load_model("story-neox"), TEXT, " Mary")
     assert np.isnan(alone.logit_diff) and alone.firings["weight"].sum() > 0 and "over" not in str(alone).split("\n")[0]
+
+
+def left_by_its_reader(command: list[str]) -> tuple[int, str]:
+    "(exit code, errors) of a command whose reader has gone before it prints."
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    return process.wait(), process.stderr.read()
+
+
+def test_a_reader_that_leaves_loses_no_page(tmp_path):
+    "`spectral-trace ... --html page | head` writes the page."
+    command = [sys.executable, "-m", "spectral_nb.views.trace_command", TEXT, "--model", "story-neox"]
+    command += ["--answer", " Mary", "--wrong", " John", "--html", str(tmp_path / "page.html")]
+    assert left_by_its_reader(command) == (0, "")
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_a_reader_that_leaves_loses_no_run(tmp_path):
+    write_toy(tmp_path)
+    (tmp_path / "toy.yaml").write_text("notebook: 90_toy\ngrid: {x: [1, 2]}\n")
+    command = [
+        sys.executable,
+        "-c",
+        "from spectral_nb.sweeps.command import main; raise SystemExit(main())",
+        "run",
+        str(tmp_path / "toy.yaml"),
+    ]
+    code, errors = left_by_its_reader([*command, "--executor", "serial", "--out", str(tmp_path / "out")])
+    assert code == 0, errors
+    assert len(finished_runs(tmp_path / "out")) == 2

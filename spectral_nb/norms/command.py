@@ -11,6 +11,7 @@ import sys
 
 import pandas as pd
 
+from ..base.console import lasting_output
 from ..base.files import write_table
 from .circuit_norms import layer_means
 from .circuits import CIRCUIT_TASKS, PROMPTS, PROMPTS_AFTER_SCREEN, Circuit
@@ -66,6 +67,7 @@ def _measured(a: argparse.Namespace) -> tuple[pd.DataFrame, list[Circuit]]:
     return norms, circuits
 
 
+@lasting_output()
 def main(argv: list[str] | None = None) -> int:
     "`spectral-norms`: tables to the terminal, with `--out` every head to a parquet file; 2 for a refused input."
     a = _parser().parse_args(argv)

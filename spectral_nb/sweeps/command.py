@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
+from ..base.console import lasting_output
 from spectral_nb.sweeps.actions import (
     clean_sweep,
     collect_sweep,
@@ -129,6 +130,7 @@ def _interrupt(*_) -> None:
         raise KeyboardInterrupt
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     "The console command; returns its exit code: 0 all done, 1 some runs failed, 2 refused, 130 interrupted."
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -9,6 +9,8 @@ __all__ = []
 import argparse
 import sys
 
+from ..base.console import lasting_output
+
 # %% ../../nbs/views/trace_command.ipynb #trace-command-005
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="spectral-trace", description=main.__doc__)
@@ -24,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/views/trace_command.ipynb #trace-command-006
+@lasting_output()
 def main(arguments: list[str] | None = None) -> int:
     "Trace one prompt through queries, keys and values; print its strongest paths, write its circuit."
     a = _parser().parse_args(arguments)
@@ -36,10 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         options = TraceOptions(values=True, threshold=a.threshold, components=a.components)
         model = load_model(a.model, a.revision)
         found = trace_prompt(model, a.text, a.answer, a.wrong, options=options)
-        print(report(found, a.paths))
         if a.html:
             title = f"{a.text} {a.answer.strip()}"
-            print(f"wrote {circuit_page(found.edges, found.batch, model.tokenizer, a.html, title=title)}")
+            page = circuit_page(found.edges, found.batch, model.tokenizer, a.html, title=title)
+        print(report(found, a.paths), *([f"wrote {page}"] if a.html else ()), sep="\n")
     except (ValueError, TypeError, KeyError, OSError) as e:
         print(f"spectral-trace: {e}", file=sys.stderr)
         return 2
