@@ -201,8 +201,7 @@ def claim_sentences(table: pd.DataFrame) -> str:
         against += f" ± {r['margin']:.3g}" if r["rule"] == "equals" else ""
         counts = {v: r.get(f"others: {v}", 0) for v in ("yes", "no", "undecided")}
         counted = ", ".join(f"{n:.0f} {v}" for v, n in counts.items() if n > 0)
-        more = (f"; elsewhere {counted}" if counted else "") + (
-            f"; published: {r['published']}" if r["published"] else ""
-        )
-        lines.append(f"- **{r['verdict']}**: {r['claim']}: {effect_text(r)}, {against}, n = {r['n']}{more}")
+        more = [f"n = {r['n']:.0f}"] + ([f"elsewhere {counted}"] if counted else [])
+        more += [f"published: {r['published']}"] if r["published"] and pd.notna(r["published"]) else []
+        lines.append(f"- **{r['verdict']}**: {r['claim']}: {effect_text(r)}, {against}, {'; '.join(more)}")
     return "\n".join(lines)

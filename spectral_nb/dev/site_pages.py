@@ -70,15 +70,15 @@ def code_summary(source: str) -> str:
     "What a block of code defines, with the first line of the docstring where it is one thing; else its size."
     body = ast.parse(source).body
     made = [n for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    named = [n.name for n in made] or [t.id for n in body for t in getattr(n, "targets", []) if isinstance(t, ast.Name)]
     if all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body):
         return "Imports"
     if not made:
         n = len(source.strip().splitlines())
         return f"Code, {n} line{'s' * (n > 1)}"
     said = (ast.get_docstring(made[0]) or "").split("\n")[0] if len(made) == 1 else ""
-    parts = [part if i % 2 else html.escape(part).replace("*", "&#42;") for i, part in enumerate(said.split("`"))]
-    names = ", ".join(f"`{name}`" for name in named)
+    parts = said.replace('"', "'").split("`")  # the head stands in quotation marks
+    parts = [part if i % 2 else html.escape(part, quote=False).replace("*", "&#42;") for i, part in enumerate(parts)]
+    names = ", ".join(f"`{n.name}`" for n in made)
     return f"{names}: {'`'.join(parts)}" if said else names
 
 # %% ../../nbs/dev/site_pages.ipynb #sp-fold-3

@@ -140,7 +140,7 @@ def theory_responses(
     return result
 
 # %% ../../nbs/norms/theories.ipynb #09-015
-def slope_difference(
+def mean_difference(
     a: Float[np.ndarray, "n"], b: Float[np.ndarray, "m"], seed: int = 0, n_resamples: int = 2000
 ) -> Interval:
     "Mean of `a` minus mean of `b`, independent samples, with a percentile bootstrap interval of 95 %."
@@ -150,42 +150,34 @@ def slope_difference(
 
 
 def supported_theory(real: Interval, random: Interval, difference: Interval) -> str:
-    "Which theory the slopes support: weights, inputs, both or no growth."
-    if real.low <= 0:
+    "Which theory rates of growth and their difference support: weights, inputs, both or no growth."
+    if real.low <= 1:
         return "no growth"
-    if random.low <= 0:
+    if random.low <= 1:
         return "inputs"
     return "both" if difference.low > 0 else "weights"
 
 
-def _slopes(logs: np.ndarray, layers: tuple[int, int]) -> Float[np.ndarray, "n"]:
-    "Least-squares slope over `layers` of every column."
-    return np.polyfit(np.arange(layers[0], layers[1] + 1), logs[layers[0] : layers[1] + 1], 1)[0]
+def _log_rates(logs: np.ndarray, layers: tuple[int, int]) -> Float[np.ndarray, "n"]:
+    "Mean log factor a layer of every column, from the first of `layers` to the last: of `growth`'s rate."
+    return (logs[layers[1]] - logs[layers[0]]) / (layers[1] - layers[0])
 
 # %% ../../nbs/norms/theories.ipynb #theories-002
 def theory_table(responses: dict, layers: tuple[int, int] | str = "all", seed: int = 0) -> pd.DataFrame:
-    """Growth rate of every response; for random sources how the slope differs and which theory that supports.
+    """Growth rate of every response; for random sources how much faster real ones grow (log factor a layer), and which
+    theory that supports.
 
-    Columns: quantity source rate low high slope difference difference_low difference_high theory."""
+    Columns: quantity source rate low high difference difference_low difference_high theory."""
     rows = []
     logs = {key: np.log(np.maximum(v.astype(np.float64), 1e-9)) for key, v in responses.items()}
     found = {key: growth(v, layers, seed=seed) for key, v in logs.items()}
     for (quantity, source), g in found.items():
-        row = dict(
-            quantity=quantity,
-            source=source,
-            rate=g.rate.estimate,
-            low=g.rate.low,
-            high=g.rate.high,
-            slope=g.slope.estimate,
-        )
+        row = dict(quantity=quantity, source=source, rate=g.rate.estimate, low=g.rate.low, high=g.rate.high)
         if source != "real":
-            d = slope_difference(
-                _slopes(logs[quantity, "real"], g.layers), _slopes(logs[quantity, source], g.layers), seed
-            )
+            d = mean_difference(*(_log_rates(logs[quantity, s], g.layers) for s in ("real", source)), seed)
             row |= dict(difference=d.estimate, difference_low=d.low, difference_high=d.high)
             if quantity != "active":
-                row["theory"] = supported_theory(found[quantity, "real"].slope, g.slope, d)
+                row["theory"] = supported_theory(found[quantity, "real"].rate, g.rate, d)
         rows.append(row)
     return pd.DataFrame(rows)
 
