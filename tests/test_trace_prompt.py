@@ -138,13 +138,7 @@ def test_a_reader_that_leaves_loses_no_page(tmp_path):
 def test_a_reader_that_leaves_loses_no_run(tmp_path):
     write_toy(tmp_path)
     (tmp_path / "toy.yaml").write_text("notebook: 90_toy\ngrid: {x: [1, 2]}\n")
-    command = [
-        sys.executable,
-        "-c",
-        "from spectral_nb.sweeps.command import main; raise SystemExit(main())",
-        "run",
-        str(tmp_path / "toy.yaml"),
-    ]
+    command = [sys.executable, "-m", "spectral_nb.sweeps", "run", str(tmp_path / "toy.yaml")]
     code, errors = left_by_its_reader([*command, "--executor", "serial", "--out", str(tmp_path / "out")])
     assert code == 0, errors
     assert len(finished_runs(tmp_path / "out")) == 2

@@ -22,17 +22,17 @@ class _Lasting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def _tried(self, act: Any, *text: str) -> int | None:
+    def _tried(self, act: Any, *text: str) -> None:
         try:
-            return act(*text)
+            act(*text)
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())  # also for what the interpreter still holds when it ends
             os.close(nowhere)
-            return len(*text) if text else None
 
     def write(self, text: str) -> int:
-        return self._tried(self.stream.write, text)
+        self._tried(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
         self._tried(self.stream.flush)
