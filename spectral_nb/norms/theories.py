@@ -140,7 +140,7 @@ def theory_responses(
     return result
 
 # %% ../../nbs/norms/theories.ipynb #09-015
-def mean_difference(
+def difference_ci(
     a: Float[np.ndarray, "n"], b: Float[np.ndarray, "m"], seed: int = 0, n_resamples: int = 2000
 ) -> Interval:
     "Mean of `a` minus mean of `b`, independent samples, with a percentile bootstrap interval of 95 %."
@@ -174,7 +174,7 @@ def theory_table(responses: dict, layers: tuple[int, int] | str = "all", seed: i
     for (quantity, source), g in found.items():
         row = dict(quantity=quantity, source=source, rate=g.rate.estimate, low=g.rate.low, high=g.rate.high)
         if source != "real":
-            d = mean_difference(*(_log_rates(logs[quantity, s], g.layers) for s in ("real", source)), seed)
+            d = difference_ci(*(_log_rates(logs[quantity, s], g.layers) for s in ("real", source)), seed)
             row |= dict(difference=d.estimate, difference_low=d.low, difference_high=d.high)
             if quantity != "active":
                 row["theory"] = supported_theory(found[quantity, "real"].rate, g.rate, d)
